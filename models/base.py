@@ -188,7 +188,7 @@ class Engine(Protocol):
         """Return the current status for the operator. May be called from any thread."""
 
     def warm_up(self) -> bool:
-        """Make one more tier ready, which may take minutes; return False if all tiers were ready already.
+        """Make one more tier, or what else gets faster, ready, which may take minutes; return False if all was ready.
 
         May be called from a second thread. Raises the error of a tier that cannot be made ready, and drops the tier.
         """

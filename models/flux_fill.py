@@ -3,6 +3,7 @@
 from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from models.base import Model
 from models.flux_dev import FluxDev
@@ -31,19 +32,23 @@ FILL = ("black-forest-labs/FLUX.1-Fill-dev",)
 _FILL_IMAGE = "The URL of the image, as for image_url, or a list of one URL."
 
 
-def _only(value: object) -> object:
-    """Return the value in a list of one, which fal accepts too."""
-    return value[0] if isinstance(value, list) and len(value) == 1 else value
+def _unwrap_single(value: object) -> object:
+    """Return the value in a list of one, which fal accepts too; None for an empty list."""
+    if not isinstance(value, list):
+        return value
+    if len(value) > 1:
+        raise PydanticCustomError("too_long", "only one image is supported")
+    return value[0] if value else None
 
 
 class ImageFillInput(BaseModel):
-    """An image that counts next to the prompt."""
+    """An image whose tokens follow those of the prompt."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     fill_image_url: Annotated[
-        str,
-        BeforeValidator(_only),
+        str | None,
+        BeforeValidator(_unwrap_single),
         InputURL("image"),
         WithJsonSchema(
             {
@@ -51,12 +56,12 @@ class ImageFillInput(BaseModel):
                 "description": _FILL_IMAGE,
                 "anyOf": [
                     {"type": "string"},
-                    {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 1},
+                    {"type": "array", "items": {"type": "string"}, "maxItems": 1},
                 ],
                 "examples": [EXAMPLE_IMAGE],
             }
         ),
-    ]
+    ] = None
 
 
 class FluxLoraFillInput(ImageInput):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from models.base import DeviceLost, NonFiniteOutput
+from models.base import DeviceLost, GenerationFailed, NonFiniteOutput
 from models.flux.compilation import compiled_autoencoder
 from models.flux.device import Device
 from models.flux.sample import Sample, tiled_autoencoder, unpacked
@@ -34,8 +34,12 @@ class Decoder:
         self._num_nonfinite = 0
 
     def offer_compiled(self) -> None:
-        """Prepare a compiled decoder, which takes over after its warm-up, if the autoencoder is worth it."""
+        """Prepare a compiled decoder, which takes over after its warm-up, if the autoencoder is an AutoencoderKL."""
         self._compiled = compiled_autoencoder(self._pipeline.vae)
+
+    def close(self) -> None:
+        """Release the weights. Afterwards, nothing is left to warm up."""
+        self._pipeline = self._vae = self._compiled = None
 
     @property
     def is_cold(self) -> bool:
@@ -53,6 +57,18 @@ class Decoder:
 
         Raises NonFiniteOutput, or DeviceLost after MAX_NONFINITE_IMAGES.
         """
+        try:
+            return self._decode_once(sample, what, has_loras=has_loras)
+        except (GenerationFailed, DeviceLost):
+            raise
+        except Exception:
+            if self._vae is self._pipeline.vae:
+                raise
+            log.exception("the %s failed; decoding runs uncompiled from now on", COMPILED_DECODER)
+            self._vae = self._pipeline.vae
+            return self._decode_once(sample, what, has_loras=has_loras)
+
+    def _decode_once(self, sample: Sample, what: str, *, has_loras: bool) -> Image:
         decode = partial(self._decode, sample, self._vae)
         try:
             again = partial(self._device.retry_on_oom, what, decode, partial(self._decode_in_tiles, sample))

@@ -138,16 +138,8 @@ class FluxEngine:
         """Release the device's memory."""
         # Empty this list instead of deleting it, because `warm_up` on another thread may still read it.
         self.tiers = []
-        del (
-            self.pipeline,
-            self.checker,
-            self.prompts,
-            self.loras,
-            self.redux,
-            self.previews,
-            self.decoder,
-            self.depth_estimator,
-        )
+        self.decoder.close()
+        del self.pipeline, self.checker, self.prompts, self.loras, self.redux, self.previews, self.depth_estimator
         self.device.free()
 
     def freeze_compilation(self) -> None:

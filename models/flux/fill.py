@@ -42,6 +42,9 @@ def finish(image: Image, request: Any, inputs: InputImages) -> Image:
     if request.resize_to_original:
         image = image.resize(original.size, PIL.Image.Resampling.LANCZOS)
     if request.paste_back:
-        original, hole = (part.resize(image.size, PIL.Image.Resampling.LANCZOS) for part in (original, hole))
-        image = PIL.Image.composite(image, original, hole.convert("L"))
+        original, hole = (
+            part.resize(image.size, PIL.Image.Resampling.LANCZOS) for part in (original, hole.convert("L"))
+        )
+        # White or black, as the transformer sees the mask.
+        image = PIL.Image.composite(image, original, hole.point(lambda value: 255 * (value >= 128)))
     return image

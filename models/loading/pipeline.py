@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from models.base import EngineConfig, LoadProgress
 from models.loading import conditioning, hub, memory_plans, verify
 from models.loading.devices import device_for, dtype_for, free_memory
-from models.loading.specs import REDUX, find_extra_weights
+from models.loading.specs import DEPTH, REDUX, find_extra_weights
 
 if TYPE_CHECKING:
     import torch
@@ -77,9 +77,13 @@ def _load(
 
 
 def sizes_on_disk(where: str | Path, directory: Path) -> dict[str, int]:
-    """Return the bytes of the weight files of each component, and of Redux if it is installed."""
-    redux = find_extra_weights(where, REDUX)
-    return hub.sizes(directory) | ({REDUX.directory: hub.size(redux)} if redux else {})
+    """Return the bytes of the weight files of each component, and of Redux and Depth Anything if they are used."""
+    sizes = hub.sizes(directory)
+    extra = [REDUX, *([DEPTH] if conditioning.is_control(directory / "transformer") else [])]
+    for weights in extra:
+        if found := find_extra_weights(where, weights):
+            sizes[weights.directory] = hub.size(found)
+    return sizes
 
 
 def _sizes(where: str | Path, directory: Path, dtype: "torch.dtype") -> dict[str, int]:

@@ -106,7 +106,12 @@ def _distance(endpoint: str, wanted: str) -> int:
 
 
 def accepts(model: Model, fields: AbstractSet[str]) -> bool:
-    """Return whether the model's Input has all of these fields, and requires no others."""
+    """Return whether the model's Input has all of these fields, and requires no others.
+
+    An endpoint that follows the edges or depths of an image does not edit it.
+    """
+    if getattr(model.Input, "image_role", "start") in ("canny", "depth"):
+        return False
     known = model.Input.model_fields
     required = {name for name, field in known.items() if field.is_required()}
     return required <= fields <= known.keys()

@@ -165,12 +165,12 @@ class EnginePool:
             return engine is not None and engine.warm_up()
         except DeviceLost:
             # The next step reports it too, and ends the process.
-            log.exception("the GPU was lost while a tier of the weights %s was made ready", key[1])
+            log.exception("the GPU was lost while a tier or the decoder of the weights %s was made ready", key[1])
             return False
         except Exception:
             log.exception(
-                "a tier of the weights %s could not be made ready, so requests for the tier use the next lower one;"
-                " a restart of the server tries again",
+                "a tier or the decoder of the weights %s could not be made ready, so requests use the next lower tier,"
+                " or are decoded uncompiled; a restart of the server tries again",
                 key[1],
             )
             return True

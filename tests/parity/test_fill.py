@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import FluxFillPipeline, FluxPipeline, FluxPriorReduxPipeline
 from PIL import Image
+from pydantic import ValidationError
 
 from models.base import GenerationFailed
 from models.flux.engine import FluxEngine
@@ -64,7 +65,7 @@ def test_equals_the_pipeline(files: dict[str, Path], tmp_path: Path, dtype: torc
     loras = [{"path": "unused", "scale": 0.8}] if has_lora else []
     request = request_with(paste_back=False, loras=loras)
     if has_lora:
-        files["loras.0.path"] = write_lora(tmp_path / "lora.safetensors", 1, width=32, inner=288)
+        files["loras.0.path"] = write_lora(tmp_path / "lora.safetensors", 1, width=32)
         pipeline.load_lora_weights(str(tmp_path), weight_name="lora.safetensors", adapter_name="client")
         pipeline.set_adapters(["client"], [0.8])
     (image,) = finish_task(engine, engine.start(request, 5, files))
@@ -98,6 +99,23 @@ def test_what_the_mask_keeps_is_pasted_back(files: dict[str, Path], is_resized: 
     assert difference(image.crop(kept), original.crop(kept)) == 0
     assert difference(image.crop(filled), bare.crop(filled)) == 0
     assert difference(image.crop(filled), original.crop(filled)) > 0
+
+
+def test_grey_in_a_mask_is_white_or_black(files: dict[str, Path]) -> None:
+    """What is darker than middle grey is the input image, pixel for pixel."""
+    Image.new("L", SIZE, 102).save(files["mask_url"])
+    engine = engine_of(fill_pipeline(torch.float32))
+    (image,) = finish_task(engine, engine.start(request_with(resize_to_original=True), 5, files))
+    assert difference(image, Image.open(files["image_url"])) == 0
+
+
+@pytest.mark.parametrize("urls", [[], None, ["https://example.com/a.png"]])
+def test_an_image_for_the_prompt_is_optional_and_may_be_in_a_list(urls: Any) -> None:
+    fill_image = request_with(fill_image={"fill_image_url": urls}).fill_image
+    assert fill_image and fill_image.fill_image_url == (urls[0] if urls else None)
+    assert request_with(fill_image={}).fill_image is not None
+    with pytest.raises(ValidationError, match="only one image is supported"):
+        request_with(fill_image={"fill_image_url": ["https://example.com/a.png"] * 2})
 
 
 def test_requests_and_weights_that_do_not_belong_together_fail(files: dict[str, Path]) -> None:

@@ -19,15 +19,15 @@ def test_the_trained_sizes_are_diffusers_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "limits", "largest"),
+    ("mode", "limits", "refused"),
     [
         ("16:9", {"max_side": 1024}, "1392x752"),
         ("1:1", {"max_pixels": 1_000_000}, "1024x1024"),
         ("auto", {"max_side": 1567}, "672x1568"),
     ],
 )
-def test_a_mode_that_may_exceed_the_limits_is_refused(mode: str, limits: dict[str, int], largest: str) -> None:
-    with pytest.raises(ValidationError, match=f"{mode} may give {largest} pixels") as caught:
+def test_a_mode_that_may_exceed_the_limits_is_refused(mode: str, limits: dict[str, int], refused: str) -> None:
+    with pytest.raises(ValidationError, match=f"{mode} may give {refused} pixels") as caught:
         parse(mode, **limits)
     assert [error["loc"] for error in caught.value.errors()] == [("resolution_mode",)]
     parse("match_input", **limits)

@@ -86,3 +86,17 @@ def test_a_decoder_that_fails_is_left_out(
     # After a failure that ended the process or lost the GPU, the next start does not try it again.
     loader._offer_compiled_decoder(engine)
     assert engine.decoder.is_cold == (kind is not DeviceLost)
+
+
+def test_a_compiled_decoder_that_fails_later_is_replaced(engine: FluxEngine, caplog: pytest.LogCaptureFixture) -> None:
+    plain = engine.decoder._vae
+    before = generate(engine, make_request(), 1)[0]
+    assert engine.warm_up()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("no program for this size")
+
+    engine.decoder._vae.decode = fail
+    assert difference(generate(engine, make_request(), 1)[0], before) == 0
+    assert engine.decoder._vae is plain
+    assert "decoding runs uncompiled from now on" in caplog.text

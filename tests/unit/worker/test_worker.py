@@ -607,7 +607,7 @@ def test_warm_up_and_its_failures_do_not_delay_requests(
     assert worker.failure is None
     # No engine freezes its compilation before all engines are warm.
     assert events == ["warm-up"] * (4 + 4) + ["frozen"] * 2
-    assert "a tier of the weights test/null could not be made ready" in caplog.text
+    assert "a tier or the decoder of the weights test/null could not be made ready" in caplog.text
     assert "this card has no such kernel" in caplog.text
 
 
