@@ -17,6 +17,8 @@ from models.loading import verify
 
 #: The thresholds of Canny's method with which FLUX.1 Canny [dev] was trained, according to its authors' code.
 _LOW, _HIGH = 50, 200
+#: Images with a larger ratio of the sides are stretched before their depths are found.
+MAX_ASPECT_RATIO = 32
 
 
 def edges(image: Image, size: tuple[int, int]) -> Image:
@@ -49,6 +51,9 @@ class DepthEstimator:
 
         They are those of DepthEstimationPipeline, scaled.
         """
+        # In a narrower image, the processor would leave no pixel of the shorter side.
+        least = max(image.size) // MAX_ASPECT_RATIO
+        image = image.resize((max(image.width, least), max(image.height, least)))
         inputs = self._processor(images=image, return_tensors="pt").to(self._model.device, self._model.dtype)
         outputs = self._model(**inputs)
         (found,) = self._processor.post_process_depth_estimation(outputs, [(image.height, image.width)])

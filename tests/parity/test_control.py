@@ -37,7 +37,7 @@ def engine_of(pipeline: FluxPipeline, estimator: DepthEstimator | None = None) -
     return FluxEngine(pipeline, AllSafeChecker(), tiers_of(pipeline.transformer), "cpu", depth_estimator=estimator)
 
 
-def call_diffusers(dtype: torch.dtype, request: Any, image: Image) -> Image:
+def call_diffusers(dtype: torch.dtype, request: Any, image: Image, seed: int = 5) -> Image:
     parts = dict(control_pipeline(dtype).components)
     # The class has no parts for IP adapters.
     del parts["image_encoder"], parts["feature_extractor"]
@@ -50,7 +50,7 @@ def call_diffusers(dtype: torch.dtype, request: Any, image: Image) -> Image:
         height=image.height,
         num_inference_steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(5),
+        generator=torch.Generator("cpu").manual_seed(seed),
         max_sequence_length=count_text_tokens(pipeline),
     ).images[0]
     return expected
@@ -92,9 +92,10 @@ def test_depth_equals_the_pipeline(source: Path, depth_weights: Path, dtype: tor
     request = FluxLoraDepthInput.model_validate(body(num_images=2, acceleration="regular"))
     estimator = DepthEstimator.load(depth_weights, "cpu", torch.float32)
     engine = engine_of(control_pipeline(dtype), estimator)
-    image, _ = finish_task(engine, engine.start(request, 5, {"image_url": source}))
-    depths = estimator.depths(PIL.Image.open(source), image.size)
-    assert difference(image, call_diffusers(dtype, request, depths)) == 0
+    images = finish_task(engine, engine.start(request, 5, {"image_url": source}))
+    depths = estimator.depths(PIL.Image.open(source), images[0].size)
+    for place, image in enumerate(images):
+        assert difference(image, call_diffusers(dtype, request, depths, 5 + place)) == 0
 
 
 def test_edges_are_lines_around_the_square(source: Path) -> None:
@@ -121,6 +122,12 @@ def test_an_image_of_one_colour_has_depths(depth_weights: Path) -> None:
     for parameter in estimator._model.parameters():
         parameter.data.zero_()
     assert estimator.depths(PIL.Image.new("RGB", SIZE), SIZE).getextrema() == ((0, 0),) * 3
+
+
+@pytest.mark.parametrize("size", [(64, 2048), (5000, 64)])
+def test_a_narrow_image_has_depths(depth_weights: Path, size: tuple[int, int]) -> None:
+    estimator = DepthEstimator.load(depth_weights, "cpu", torch.float32)
+    assert estimator.depths(PIL.Image.new("RGB", size, "red"), size).size == size
 
 
 def test_depth_needs_its_weights(source: Path) -> None:

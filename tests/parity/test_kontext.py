@@ -9,6 +9,7 @@ import torch
 from diffusers import FluxKontextInpaintPipeline, FluxKontextPipeline, FluxPipeline
 from PIL import Image
 
+from models.flux import batch
 from models.flux.prompt_cache import count_text_tokens
 from models.flux_kontext import FluxKontextDevInput, FluxKontextLoraInpaintInput
 from tests.support import tiny_flux
@@ -101,3 +102,24 @@ def test_every_tier_runs_an_edit(reference: Path, acceleration: str) -> None:
         images[tier] = [sample.latents for sample in task.samples]
     for one, other in zip(*images.values(), strict=True):
         assert torch.allclose(one, other, atol=1e-3)
+
+
+def test_edits_share_a_forward_if_their_references_have_one_size(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two references of a megapixel are more than a forward may have.
+    monkeypatch.setattr(batch, "TOKEN_BUDGET", 20_000)
+    engine = tiny_flux.engine(torch.float32)
+    request = FluxKontextDevInput.model_validate(
+        {
+            "prompt": "a fish",
+            "image_url": "unused",
+            "num_inference_steps": NUM_STEPS,
+            "acceleration": "regular",
+        }
+    )
+    alike, tall = write_image(tmp_path / "alike.png", (90, 40), 8), write_image(tmp_path / "tall.png", (40, 90), 9)
+    first, second, third = (engine.start(request, 5, {"image_url": path}) for path in (reference, alike, tall))
+    with tiny_flux.record_batch_sizes(engine.pipeline.transformer) as sizes:
+        assert engine.advance(first, [second, third]) == [first, second]
+    assert sizes == [2]
