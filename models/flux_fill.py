@@ -1,4 +1,4 @@
-"""fal-ai/flux-lora-fill: FLUX.1 Fill [dev] with LoRA weights, which paints the masked part of an image."""
+"""fal-ai/flux-lora-fill: FLUX.1 Fill [dev] with LoRA weights, which fills the masked part of an image."""
 
 from typing import Annotated, ClassVar
 
@@ -65,7 +65,7 @@ class ImageFillInput(BaseModel):
 
 
 class FluxLoraFillInput(ImageInput):
-    """A request to FLUX.1 Fill [dev] to paint the masked part of an image, with LoRA weights."""
+    """A request to FLUX.1 Fill [dev] to fill the masked part of an image, with LoRA weights."""
 
     image_role: ClassVar[ImageRole] = "fill"
 
@@ -89,7 +89,7 @@ class FluxLoraFillInput(ImageInput):
         True, description="If set to true, the black areas of the mask are copied from the input image."
     )
     fill_image: ImageFillInput | None = Field(
-        None, description="An image that shows what to paint. Its tokens follow those of the prompt."
+        None, description="An image that shows what to put there. Its tokens follow those of the prompt."
     )
     resize_to_original: bool = Field(
         False, description="If set to true, the generated image is scaled to the size of the input image."
@@ -98,7 +98,7 @@ class FluxLoraFillInput(ImageInput):
 
 
 class FluxLoraFill(FluxDev):
-    """FLUX.1 Fill [dev] with LoRA weights, which paints the white part of a mask so that it fits the rest."""
+    """FLUX.1 Fill [dev] with LoRA weights, which fills the white part of a mask so that it fits the rest."""
 
     endpoint = "fal-ai/flux-lora-fill"
     weights = FILL

@@ -120,7 +120,7 @@ class FluxKontextLoraInpaintInput(ImageInput):
         str,
         InputURL("image"),
         Field(
-            description="The URL of the image that shows what to paint into the white areas of the mask, as for "
+            description="The URL of the image that shows what to put into the white areas of the mask, as for "
             "image_url.",
             examples=[EXAMPLE_IMAGE],
         ),

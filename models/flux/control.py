@@ -15,7 +15,7 @@ from models.flux.image_encoder import ImageEncoder
 from models.flux.input_images import InputImages
 from models.loading import verify
 
-#: The thresholds of Canny's method with which FLUX.1 Canny [dev] was trained, according to its authors' code.
+#: The thresholds of Canny's method. Those that FLUX.1 Canny [dev] was trained with are not verified here.
 _LOW, _HIGH = 50, 200
 #: Images with a larger ratio of the sides are stretched before their depths are found.
 MAX_ASPECT_RATIO = 32

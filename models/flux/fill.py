@@ -4,7 +4,6 @@ from typing import Any
 
 import PIL.Image
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from PIL.Image import Image
 
 from models.flux.image_encoder import ImageEncoder
@@ -18,11 +17,7 @@ def channels(encoder: ImageEncoder, inputs: InputImages) -> torch.Tensor:
     covers.
     """
     assert inputs.start and inputs.hole
-    (width, height), factor = encoder.size, encoder.pipeline.vae_scale_factor
-    mask_processor = VaeImageProcessor(
-        vae_scale_factor=2 * factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
-    )
-    hole = mask_processor.preprocess(inputs.hole, height=height, width=width)
+    factor, hole = encoder.pipeline.vae_scale_factor, encoder.mask(inputs.hole)
     latents = encoder.latents(encoder.pixels(inputs.start) * (1 - hole)).to(encoder.dtype)
     rows, columns = latents.shape[2:]
     # Each latent covers factor x factor pixels.

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.flux.pipeline_flux_img2img import retrieve_latents
 from diffusers.utils.torch_utils import randn_tensor
 from PIL.Image import Image
@@ -32,6 +33,18 @@ class ImageEncoder:
         width, height = self.size
         values: torch.Tensor = self.pipeline.image_processor.preprocess(image, height=height, width=width)
         return values.to(torch.float32)
+
+    def mask(self, mask: Image) -> torch.Tensor:
+        """Return a mask as 0 and 1, for areas darker and lighter than middle grey, of shape (1, 1, height, width)."""
+        width, height = self.size
+        processor = VaeImageProcessor(
+            vae_scale_factor=2 * self.pipeline.vae_scale_factor,
+            do_normalize=False,
+            do_binarize=True,
+            do_convert_grayscale=True,
+        )
+        values: torch.Tensor = processor.preprocess(mask, height=height, width=width)
+        return values
 
     def latents(self, pixels: torch.Tensor, mode: str = "sample") -> torch.Tensor:
         """Return scaled latents of shape (1, channels, height, width).

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from PIL.Image import Image
+
+from models.flux.image_encoder import ImageEncoder
 
 
 @dataclass(frozen=True)
@@ -28,20 +29,8 @@ class Inpainting:
         return (1 - self.mask) * noisy_image + self.mask * latents
 
 
-def packed_mask(
-    pipeline: Any, mask: Image, size: tuple[int, int], num_channels: int, like: torch.Tensor
-) -> torch.Tensor:
-    """Scale a mask to `size`, (width, height) in pixels, and round it to 0 or 1; return it packed as the latents.
-
-    Light areas become 1. The result has the number type and the device of `like`.
-    """
-    width, height = size
-    multiple = pipeline.vae_scale_factor * 2
-    processor = VaeImageProcessor(
-        vae_scale_factor=multiple, do_normalize=False, do_binarize=True, do_convert_grayscale=True
-    )
-    pixels = processor.preprocess(mask, height=height, width=width)
-    rows, columns = 2 * (height // multiple), 2 * (width // multiple)
-    cells = torch.nn.functional.interpolate(pixels, size=(rows, columns)).to(like)
-    packed: torch.Tensor = pipeline._pack_latents(cells.repeat(1, num_channels, 1, 1), 1, num_channels, rows, columns)
-    return packed
+def packed_mask(encoder: ImageEncoder, mask: Image, like: torch.Tensor) -> torch.Tensor:
+    """Return a mask packed as the latents `like`, of shape (1, channels, rows, columns), in their type and device."""
+    _, num_channels, rows, columns = like.shape
+    cells = torch.nn.functional.interpolate(encoder.mask(mask), size=(rows, columns)).to(like)
+    return encoder.pack(cells.repeat(1, num_channels, 1, 1))

@@ -20,7 +20,7 @@ class InputImages:
     Attributes:
         start: the image that generation starts from; None to start from noise.
         mask: the mask of `start`, white where the image changes; None to change it everywhere.
-        hole: the mask of `start`, white where FLUX.1 Fill paints; None for other weights.
+        hole: the mask of `start`, white where FLUX.1 Fill fills it; None for other weights.
         prompt: the image that takes the place of the prompt; None to use the prompt.
         after_prompt: the image whose tokens follow those of the prompt; None for none.
         reference: the image that the transformer of Kontext looks at; None for none.

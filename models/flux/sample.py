@@ -143,7 +143,7 @@ def _start_from_image(sample: Sample, encoder: ImageEncoder, inputs: InputImages
     if inputs.hole:
         sample.channels = fill.channels(encoder, inputs)
     if inputs.mask:
-        mask = packed_mask(encoder.pipeline, inputs.mask, encoder.size, encoded.shape[1], encoded)
+        mask = packed_mask(encoder, inputs.mask, encoded)
         sample.inpainting = Inpainting(image=encoder.pack(encoded), noise=encoder.pack(noise), mask=mask)
 
 
