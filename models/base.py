@@ -64,10 +64,12 @@ class ExtraWeights:
     Attributes:
         directory: the subdirectory that holds them, if the endpoint's own weights are a local directory.
         hub_id: their hub id, if the endpoint's own weights come from the hub.
+        is_lora: whether they are a LoRA, a single safetensors file without a configuration.
     """
 
     directory: str
     hub_id: str
+    is_lora: bool = False
 
 
 @dataclass(frozen=True)
@@ -216,8 +218,8 @@ class Model(Protocol):
         """The hub ids of weights that this endpoint is made for; empty for a model that needs no weights."""
 
     @property
-    def extra_weights(self) -> ExtraWeights | None:
-        """The additional weights without which this endpoint is not served; None if it needs none."""
+    def extra_weights(self) -> tuple[ExtraWeights, ...]:
+        """The additional weights without which this endpoint is not served."""
 
     @property
     def Input(self) -> type[ImageInput]:  # noqa: N802  the wire name

@@ -1,11 +1,12 @@
 """fal-ai/flux-lora-canny and fal-ai/flux-lora-depth: FLUX.1 Canny and Depth [dev], which follow edges or depths."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from models.base import ExtraWeights, Model
+from models.base import Model
 from models.flux_dev import FluxDev
+from models.image_size import SizeOfInput
 from models.loading.specs import DEPTH
 from models.schema import (
     EXAMPLE_IMAGE,
@@ -20,7 +21,6 @@ from models.schema import (
     OptionalSeed,
     OutputFormatField,
     Prompt,
-    Size,
     Steps,
     SyncMode,
 )
@@ -39,11 +39,7 @@ class _ControlInput(ImageInput):
     """The fields of every request to follow an image, with LoRA weights."""
 
     prompt: Prompt
-    image_size: Size | None = Field(
-        None,
-        description="The size of the generated image, to which the input image is scaled. The default is the size of "
-        "the input image, rounded down to a multiple of 16 pixels.",
-    )
+    image_size: SizeOfInput = None
     num_inference_steps: Steps = Field(28, ge=1, le=50)
     seed: OptionalSeed = None
     loras: Loras = Field([])
@@ -61,11 +57,6 @@ class FluxLoraCannyInput(_ControlInput):
     image_role: ClassVar[ImageRole] = "canny"
 
     guidance_scale: LoraGuidance = 30
-
-    @property
-    def acceleration(self) -> Literal["none"]:
-        """The only acceleration of this endpoint."""
-        return "none"
 
 
 class FluxLoraDepthInput(_ControlInput):
@@ -89,7 +80,7 @@ class FluxLoraDepth(FluxDev):
 
     endpoint = "fal-ai/flux-lora-depth"
     weights = ("black-forest-labs/FLUX.1-Depth-dev",)
-    extra_weights: ExtraWeights | None = DEPTH
+    extra_weights = (DEPTH,)
     Input: type[ImageInput] = FluxLoraDepthInput
 
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from models.base import Engine, EngineConfig, ExtraWeights, Model
+from models.image_size import Size
 from models.loading.specs import REDUX
 from models.schema import (
     AccelerationField,
@@ -20,7 +21,6 @@ from models.schema import (
     OptionalSeed,
     OutputFormatField,
     Prompt,
-    Size,
     Steps,
     Strength,
     SyncMode,
@@ -103,7 +103,7 @@ class FluxDev:
     endpoint = "fal-ai/flux/dev"
     family = "flux"
     weights = ("black-forest-labs/FLUX.1-dev",)
-    extra_weights: ExtraWeights | None = None
+    extra_weights: tuple[ExtraWeights, ...] = ()
     Input: type[ImageInput] = FluxDevInput
     Output = FluxDevOutput
 
@@ -132,7 +132,15 @@ class FluxDev:
     def metadata(self, request: Any, seed: int) -> dict[str, Any]:
         """Return the endpoint and those of the request's parameters that are no URLs: URLs may be private."""
         fields = type(request).model_fields
-        names = ("prompt", "seed", "num_inference_steps", "guidance_scale", "strength", "resolution_mode")
+        names = (
+            "prompt",
+            "seed",
+            "num_inference_steps",
+            "guidance_scale",
+            "strength",
+            "resolution_mode",
+            "control_lora_strength",
+        )
         parameters = {name: getattr(request, name) for name in names if name in fields}
         scales = {"lora_scales": [lora.scale for lora in request.loras]} if "loras" in fields else {}
         return {"endpoint": self.endpoint, **parameters, "seed": seed, **scales}
@@ -149,7 +157,7 @@ class FluxDevRedux(FluxDev):
     """FLUX.1 [dev] with FLUX.1 Redux [dev], which generates variations of an image."""
 
     endpoint = "fal-ai/flux/dev/redux"
-    extra_weights = REDUX
+    extra_weights = (REDUX,)
     Input: type[ImageInput] = FluxDevReduxInput
 
 

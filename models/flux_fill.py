@@ -7,6 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from models.base import Model
 from models.flux_dev import FluxDev
+from models.image_size import SizeOfInput
 from models.schema import (
     EXAMPLE_IMAGE,
     EnableSafetyChecker,
@@ -22,7 +23,6 @@ from models.schema import (
     OptionalSeed,
     OutputFormatField,
     Prompt,
-    Size,
     Steps,
     SyncMode,
 )
@@ -70,11 +70,7 @@ class FluxLoraFillInput(ImageInput):
     image_role: ClassVar[ImageRole] = "fill"
 
     prompt: Prompt = ""
-    image_size: Size | None = Field(
-        None,
-        description="The size of the generated image, to which the input image is scaled. The default is the size of "
-        "the input image, rounded down to a multiple of 16 pixels.",
-    )
+    image_size: SizeOfInput = None
     num_inference_steps: Steps = Field(28, ge=1, le=50)
     seed: OptionalSeed = None
     loras: Loras = Field([])

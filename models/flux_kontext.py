@@ -6,6 +6,7 @@ from pydantic import AfterValidator, Field
 
 from models.base import Model
 from models.flux_dev import FluxDev
+from models.image_size import Size
 from models.kontext_sizes import ResolutionMode, check_limits
 from models.schema import (
     EXAMPLE_IMAGE,
@@ -24,7 +25,6 @@ from models.schema import (
     OptionalSeed,
     OutputFormatField,
     Prompt,
-    Size,
     Steps,
     SyncMode,
 )

@@ -1,12 +1,11 @@
 """fal-ai/flux-lora and fal-ai/flux-krea-lora: FLUX.1 [dev] and Krea [dev] with LoRA weights of the client's choice."""
 
-from typing import Literal
-
 from pydantic import Field
 
 from models.base import Model
 from models.flux_dev import FluxDev, FluxDevImageToImage
 from models.flux_krea import KREA
+from models.image_size import Size, SizeOfInput
 from models.schema import (
     EnableSafetyChecker,
     ImageInput,
@@ -20,7 +19,6 @@ from models.schema import (
     OptionalSeed,
     OutputFormatField,
     Prompt,
-    Size,
     Steps,
     Strength,
     SyncMode,
@@ -47,11 +45,7 @@ class _LoraEditInput(ImageInput):
     """The fields of every request to change an image with LoRA weights."""
 
     prompt: Prompt
-    image_size: Size | None = Field(
-        None,
-        description="The size of the generated image, to which the input image is scaled. The default is the size of "
-        "the input image, rounded down to a multiple of 16 pixels.",
-    )
+    image_size: SizeOfInput = None
     num_inference_steps: Steps = Field(28, ge=1, le=50)
     seed: OptionalSeed = None
     loras: Loras = Field([])
@@ -79,11 +73,6 @@ class _LoraInpaintingInput(_LoraEditInput):
 
 class FluxLoraInpaintingInput(_LoraInpaintingInput):
     """A request to change the masked part of an image with LoRA weights, without a field for the acceleration."""
-
-    @property
-    def acceleration(self) -> Literal["none"]:
-        """The only acceleration of this endpoint."""
-        return "none"
 
 
 class FluxKreaLoraInpaintingInput(_LoraInpaintingInput):

@@ -4,6 +4,7 @@ from pydantic import Field
 
 from models.base import Model
 from models.flux_dev import FluxDev, FluxDevRedux, FluxReduxInput
+from models.image_size import Size
 from models.schema import (
     AccelerationField,
     EnableSafetyChecker,
@@ -13,7 +14,6 @@ from models.schema import (
     OptionalSeed,
     OutputFormatField,
     Prompt,
-    Size,
     Steps,
     SyncMode,
 )

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from models.schema import limits_of
+from models.image_size import limits_of
 
 ResolutionMode = Literal[
     "auto", "match_input", "1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"

@@ -2,30 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
-    GetJsonSchemaHandler,
-    PlainSerializer,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError
-
-PRESETS = {
-    "square_hd": (1024, 1024),
-    "square": (512, 512),
-    "portrait_4_3": (768, 1024),
-    "portrait_16_9": (576, 1024),
-    "landscape_4_3": (1024, 768),
-    "landscape_16_9": (1024, 576),
-}
 
 MAX_PROMPT_LENGTH = 20_000
 EXAMPLE_PROMPT = (
@@ -47,80 +31,9 @@ EXAMPLE_MASK = (
 #: The most LoRAs of a request; fal has no limit. Each LoRA takes a download, a process that checks its header, and the
 #: engine's time to set it up, while other requests wait.
 MAX_LORAS = 64
+MAX_LORA_SCALE = 4
 # JavaScript rounds JSON numbers above 2**53. Image k of a request uses seed + k, and k is at most 3.
 MAX_SEED = 2**53 - 4
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The sizes that the operator allows: the length of each side, and the area, in pixels."""
-
-    min_side: int = 64
-    max_side: int = 2048
-    max_pixels: int = 2048 * 2048
-
-
-class ImageSize(BaseModel):
-    """A size in pixels. The server rounds each side down to a multiple of 16 for FLUX.1; other models may differ."""
-
-    model_config = ConfigDict(frozen=True)
-
-    width: int = Field(512, description="The width of the generated image.", gt=0)
-    height: int = Field(512, description="The height of the generated image.", gt=0)
-
-    @field_validator("width", "height")
-    @classmethod
-    def _within_sides(cls, side: int, info: ValidationInfo) -> int:
-        limits = limits_of(info)
-        if limits and side < limits.min_side:
-            raise PydanticKnownError("greater_than_equal", {"ge": limits.min_side})
-        if limits and side > limits.max_side:
-            raise PydanticKnownError("less_than_equal", {"le": limits.max_side})
-        return side
-
-    @model_validator(mode="after")
-    def _within_area(self, info: ValidationInfo) -> "ImageSize":
-        limits = limits_of(info)
-        if limits and self.width * self.height > limits.max_pixels:
-            raise PydanticCustomError(
-                "image_too_large",
-                "width times height should be less than or equal to {max_pixels} pixels",
-                {"max_pixels": limits.max_pixels},
-            )
-        return self
-
-
-def limits_of(info: ValidationInfo) -> Limits | None:
-    """Return the limits in the validation's context; None if it has none, as when an accepted request is read."""
-    return (info.context or {}).get("limits")
-
-
-def _from_preset(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    if value not in PRESETS:
-        expected = ", ".join(f"'{name}'" for name in PRESETS)
-        raise PydanticCustomError(
-            "literal_error",
-            "Input should be {expected} or an object with width and height",
-            {"expected": expected},
-        )
-    width, height = PRESETS[value]
-    return {"width": width, "height": height}
-
-
-def _to_preset(size: ImageSize) -> Any:
-    names = {pixels: name for name, pixels in PRESETS.items()}
-    return names.get((size.width, size.height)) or {"width": size.width, "height": size.height}
-
-
-class _PresetSchema:
-    """An annotation that gives `Size` the same JSON schema as on fal: an object or the name of a preset."""
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        options = [handler(schema), {"enum": list(PRESETS), "type": "string"}]
-        # Generators of clients name the type of the field by its title.
-        return {"title": "ImageSizeOrPreset", "anyOf": options}
 
 
 @dataclass(frozen=True)
@@ -144,7 +57,6 @@ def input_urls(request: BaseModel, loc: tuple[str | int, ...] = ()) -> Iterator[
                 yield from input_urls(inner, (*loc, name, place))
 
 
-Size = Annotated[ImageSize, BeforeValidator(_from_preset), PlainSerializer(_to_preset), _PresetSchema()]
 OutputFormat = Literal["jpeg", "png"]
 Acceleration = Literal["none", "regular", "high"]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
@@ -229,7 +141,10 @@ class LoraWeight(BaseModel):
         ),
     ]
     scale: float = Field(
-        1, ge=0, le=4, description="The factor for the LoRA weights when they are added to the base weights."
+        1,
+        ge=0,
+        le=MAX_LORA_SCALE,
+        description="The factor for the LoRA weights when they are added to the base weights.",
     )
 
 
@@ -243,6 +158,8 @@ Loras = Annotated[
 #: looks at it next to the image that it generates, it is filled where its mask is white, or the generated image has its
 #: edges or depths.
 ImageRole = Literal["start", "prompt", "reference", "fill", "canny", "depth"]
+#: The control LoRA with which FLUX.1 [dev] follows the image at `control_lora_image_url`; empty for none.
+ControlLora = Literal["", "canny", "depth"]
 
 
 class ImageInput(BaseModel):
@@ -251,6 +168,7 @@ class ImageInput(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
     image_role: ClassVar[ImageRole] = "start"
+    control_lora: ClassVar[ControlLora] = ""
 
     if TYPE_CHECKING:
         # For the type checker only: each model declares these fields, in the order of fal's page.

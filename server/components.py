@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from models import discover
 from models.base import LoadProgress, Model
+from models.image_size import Limits
 from models.loading import specs
-from models.schema import Limits
 from server import auth
 from server.api.dependencies import TOO_MANY_OPEN, Services
 from server.api.model_names import ModelNames
@@ -204,7 +204,7 @@ def _inputs(settings: Settings, pending: PendingStorage, files: FileStore) -> In
 
 
 def _required_weights(model: Model) -> str:
-    return " or ".join(model.weights) + (f" with {model.extra_weights.hub_id}" if model.extra_weights else "")
+    return " with ".join([" or ".join(model.weights), *(extra.hub_id for extra in model.extra_weights)])
 
 
 def _keys(settings: Settings, database: Database) -> Keys:

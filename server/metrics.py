@@ -13,7 +13,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from models.base import EngineInfo
-from models.schema import PRESETS
+from models.image_size import PRESETS
 from server.status import GpuStatus
 from server.storage.database import Database
 

@@ -55,6 +55,7 @@ class FluxEngine:
         plan: Plan = PLANS[0],
         redux: Redux | None = None,
         depth_estimator: DepthEstimator | None = None,
+        control_loras: Mapping[str, Path] = NO_INPUTS,
         sharing: Sharing | None = None,
         attempts: Attempts | None = None,
     ) -> None:
@@ -68,6 +69,8 @@ class FluxEngine:
         self.loras = LoraManager(pipeline) if plan.is_resident else None
         self.redux = redux
         self.depth_estimator = depth_estimator
+        #: The files of the control LoRAs, by what of the control image they follow: "canny" or "depth".
+        self.control_loras = control_loras
         self.previews = Preview(pipeline.vae)
         self.decoder = Decoder(pipeline, self.device)
         #: Sides are rounded down to a multiple of this many pixels.
@@ -153,16 +156,16 @@ class FluxEngine:
 
     def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> FluxTask:
         """Create a task; fast, because only its first step encodes text and input image. Raises GenerationFailed."""
-        loras = tuple(
-            LoraAdapter(inputs[f"loras.{place}.path"], lora.scale)
-            for place, lora in enumerate(getattr(request, "loras", ()))
-        )
-        if loras and self.loras is None:
-            raise GenerationFailed("LoRA weights do not work with this server's memory plan; use --memory resident.")
-        offered = acceleration.uncompiled_tiers(self.tiers) if loras else self.tiers
-        tier = acceleration.best_ready(offered, request.acceleration)
         images = input_images.read(request, inputs)
-        images.check(self.kind, has_redux=self.redux is not None, has_depth=self.depth_estimator is not None)
+        images.check(
+            self.kind,
+            has_redux=self.redux is not None,
+            has_depth=self.depth_estimator is not None,
+            control_loras=self.control_loras,
+        )
+        loras = self._loras_of(request, inputs, images)
+        offered = acceleration.uncompiled_tiers(self.tiers) if loras else self.tiers
+        tier = acceleration.best_ready(offered, getattr(request, "acceleration", "none"))
         sides = input_images.requested_size(request, images, self.multiple)
         width, height = (max(self.multiple, side // self.multiple * self.multiple) for side in sides)
         work, dtype = self._step_work(width, height, images), devices.type_name(self.pipeline.transformer.dtype)
@@ -206,6 +209,19 @@ class FluxEngine:
         """Return for each image whether it is unsafe. Raises GenerationFailed if the check fails."""
         check = partial(self._check_safety, images)
         return self.device.retry_on_oom("the safety check of an image", check, check)
+
+    def _loras_of(self, request: Any, inputs: Mapping[str, Path], images: InputImages) -> tuple[LoraAdapter, ...]:
+        """Return the LoRAs of a request, first its control LoRA. Raises GenerationFailed if the plan allows none."""
+        loras = [
+            LoraAdapter(inputs[f"loras.{place}.path"], lora.scale)
+            for place, lora in enumerate(getattr(request, "loras", ()))
+        ]
+        if images.control_lora:
+            file = self.control_loras[images.control_lora]
+            loras.insert(0, LoraAdapter(file, request.control_lora_strength, is_control=True))
+        if loras and self.loras is None:
+            raise GenerationFailed("LoRA weights do not work with this server's memory plan; use --memory resident.")
+        return tuple(loras)
 
     # -- one step
 

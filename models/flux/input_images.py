@@ -1,6 +1,6 @@
 """The images that a request comes with: what each is for, and the size that they give the generated image."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ class InputImages:
         prompt: the image that takes the place of the prompt; None to use the prompt.
         after_prompt: the image whose tokens follow those of the prompt; None for none.
         reference: the image that the transformer of Kontext looks at; None for none.
-        control: the image that the transformer of Canny or Depth follows; None for none.
+        control: the image that the transformer of Canny or Depth, or of [dev] with a control LoRA, follows; or None.
         control_by: what of `control` it follows, "canny" or "depth"; empty if `control` shows edges or depths already.
+        control_lora: the control LoRA for `control`, "canny" or "depth"; empty for the transformers of Canny and Depth.
     """
 
     start: Image | None = None
@@ -36,14 +37,15 @@ class InputImages:
     reference: Image | None = None
     control: Image | None = None
     control_by: str = ""
+    control_lora: str = ""
 
-    def check(self, kind: str, *, has_redux: bool, has_depth: bool) -> None:
+    def check(self, kind: str, *, has_redux: bool, has_depth: bool, control_loras: Collection[str]) -> None:
         """Raise GenerationFailed if an engine cannot take these images.
 
         `kind` is that of its transformer. The other arguments say whether it has the weights of Redux, and those that
-        find depths.
+        find depths, and which control LoRAs it has.
         """
-        needed = "fill" if self.hole else "control" if self.control else "plain"
+        needed = "fill" if self.hole else "control" if self.control and not self.control_lora else "plain"
         if needed != kind:
             message = f"This endpoint needs the kind of weights {needed!r}, but the server's are of the kind {kind!r}."
             raise GenerationFailed(message)
@@ -51,6 +53,9 @@ class InputImages:
             raise GenerationFailed(f"An image cannot be a prompt, because {specs.REDUX.hub_id} is missing here.")
         if self.control_by == "depth" and not has_depth:
             raise GenerationFailed(f"Depths cannot be found, because {specs.DEPTH.hub_id} is missing here.")
+        if self.control_lora and self.control_lora not in control_loras:
+            missing = specs.CONTROL_LORAS[self.control_lora].hub_id
+            raise GenerationFailed(f"A control image cannot be followed, because {missing} is missing here.")
 
 
 def read(request: Any, files: Mapping[str, Path]) -> InputImages:
@@ -66,6 +71,9 @@ def read(request: Any, files: Mapping[str, Path]) -> InputImages:
             return InputImages(start=image, hole=mask, after_prompt=_open(files.get("fill_image.fill_image_url")))
         case "canny" | "depth":
             return InputImages(control=image, control_by=role)
+    if control := _open(files.get("control_lora_image_url")):
+        by = request.control_lora if getattr(request, "preprocess_depth", True) else ""
+        return InputImages(start=image, control=control, control_by=by, control_lora=request.control_lora)
     return InputImages(start=image, mask=mask, reference=reference)
 
 

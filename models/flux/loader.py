@@ -121,6 +121,7 @@ def _assemble(
         plan=plan,
         redux=redux,
         depth_estimator=estimator,
+        control_loras=specs.find_control_loras(config.weights) if config.weights else {},
         attempts=attempts,
     )
     warm_up_none(engine, config, failed)
@@ -128,9 +129,11 @@ def _assemble(
 
 
 def _depth_estimator(config: EngineConfig, device: str, pipeline: Any) -> DepthEstimator | None:
-    """Load the weights that find depths, if they are installed and the transformer is of FLUX.1 Depth or Canny."""
+    """Load the weights that find depths, if they are installed and requests can ask for depths."""
     directory = specs.find_extra_weights(config.weights, specs.DEPTH) if config.weights else None
-    if directory is None or conditioning.kind_of(pipeline) != "control":
+    if config.weights is None or directory is None:
+        return None
+    if conditioning.kind_of(pipeline) != "control" and "depth" not in specs.find_control_loras(config.weights):
         return None
     return DepthEstimator.load(directory, device, pipeline.transformer.dtype)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 #: Patterns of the files to download. Other files, such as pickled weights, are not downloaded.
 _KINDS = ("*.json", "*.safetensors", "*.txt", "*.model")
+_LORA_KINDS = ["*.safetensors"]
 #: Patterns of files that are skipped although they match _KINDS: variants of the weights, such as other precisions.
 _OTHER_PRECISIONS = ["*.fp16.*", "*.fp8.*", "*.non_ema.*"]
 #: The maximum size of a JSON file. The largest one of FLUX.1 has 3 MB and belongs to a tokenizer.
@@ -46,6 +47,38 @@ def pull(hub_id: str) -> Path:
         names = ", ".join(missing)
         raise HubError(f"{hub_id} lacks these parts or has only some of their files: {names}; choose another hub id")
     return directory
+
+
+def pull_lora(hub_id: str) -> Path:
+    """Download a LoRA into the cache as `pull` does; return its directory, which holds one safetensors file.
+
+    Raises HubError, also if the repository holds no such file, or several.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _translate_errors(hub_id):
+        directory = Path(snapshot_download(hub_id, allow_patterns=_LORA_KINDS))
+    if lora_file(directory) is None:
+        raise HubError(f"{hub_id} does not hold exactly one safetensors file; choose another hub id")
+    return directory
+
+
+def cached_lora(hub_id: str) -> Path | None:
+    """Return the directory of a LoRA in the cache, without connecting to the hub; None if there is none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        directory = Path(snapshot_download(hub_id, allow_patterns=_LORA_KINDS, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return directory if lora_file(directory) else None
+
+
+def lora_file(directory: Path) -> Path | None:
+    """Return the only safetensors file in a directory; None if there is none, or several."""
+    files = list(directory.glob("*.safetensors"))
+    return files[0] if len(files) == 1 else None
 
 
 def cached_path(hub_id: str) -> Path | None:

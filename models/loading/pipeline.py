@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from models.base import EngineConfig, LoadProgress
 from models.loading import conditioning, hub, memory_plans, verify
 from models.loading.devices import device_for, dtype_for, free_memory
-from models.loading.specs import DEPTH, REDUX, find_extra_weights
+from models.loading.specs import CONTROL_LORAS, DEPTH, REDUX, find_control_loras, find_extra_weights
 
 if TYPE_CHECKING:
     import torch
@@ -77,9 +77,11 @@ def _load(
 
 
 def sizes_on_disk(where: str | Path, directory: Path) -> dict[str, int]:
-    """Return the bytes of the weight files of each component, and of Redux and Depth Anything if they are used."""
+    """Return the bytes of the weight files of each component, and of the extra weights that its engine can use."""
     sizes = hub.sizes(directory)
-    extra = [REDUX, *([DEPTH] if conditioning.is_control(directory / "transformer") else [])]
+    loras = [CONTROL_LORAS[name] for name in find_control_loras(where)]
+    finds_depths = conditioning.is_control(directory / "transformer") or CONTROL_LORAS["depth"] in loras
+    extra = [REDUX, *loras, *([DEPTH] if finds_depths else [])]
     for weights in extra:
         if found := find_extra_weights(where, weights):
             sizes[weights.directory] = hub.size(found)

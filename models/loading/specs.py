@@ -12,6 +12,13 @@ DEFAULT_ENDPOINT = "fal-ai/flux/dev"
 REDUX = ExtraWeights("redux", "black-forest-labs/FLUX.1-Redux-dev")
 #: The weights that find the depths of an image.
 DEPTH = ExtraWeights("depth", "LiheYoung/depth-anything-large-hf")
+#: The control LoRAs of FLUX.1 [dev], by what of the control image it then follows.
+CONTROL_LORAS = {
+    "canny": ExtraWeights("canny-lora", "black-forest-labs/FLUX.1-Canny-dev-lora", is_lora=True),
+    "depth": ExtraWeights("depth-lora", "black-forest-labs/FLUX.1-Depth-dev-lora", is_lora=True),
+}
+#: All weights that some endpoints need in addition to their own.
+EXTRA_WEIGHTS = (REDUX, DEPTH, *CONTROL_LORAS.values())
 #: Weights that the demo does not stand in for, because it was trained without reference images, masks and edges.
 _NOT_IN_DEMO = {f"black-forest-labs/FLUX.1-{name}-dev" for name in ("Kontext", "Fill", "Canny", "Depth")}
 
@@ -38,14 +45,16 @@ def assign_weights(specs: Sequence[str], models: dict[str, Model]) -> dict[str, 
 def _assign_one(spec: str, models: dict[str, Model]) -> dict[str, str | Path]:
     if spec == "demo":
         has_demo = [model for model in models.values() if model.weights and not _NOT_IN_DEMO & set(model.weights)]
-        return {model.endpoint: DEMO for model in has_demo if _has_all(model, DEMO)}
+        return {model.endpoint: DEMO for model in has_demo if not _missing(model, DEMO)}
     endpoint, separator, rest = spec.partition("=")
     if separator:
         if endpoint not in models:
             raise ValueError(f"{spec}: {endpoint} is not an endpoint here; choose from {', '.join(sorted(models))}")
         where = parse_spec(rest)
-        if not _has_all(models[endpoint], where):
-            raise ValueError(f"{spec}: {endpoint} also needs {_describe_missing(models[endpoint], where)}")
+        if missing := _missing(models[endpoint], where):
+            raise ValueError(
+                f"{spec}: {endpoint} also needs {' and '.join(_describe(each, where) for each in missing)}"
+            )
         return {endpoint: where}
     where = parse_spec(spec)
     if isinstance(where, Path):
@@ -53,7 +62,7 @@ def _assign_one(spec: str, models: dict[str, Model]) -> dict[str, str | Path]:
     served = [model.endpoint for model in models.values() if where in model.weights]
     if not served:
         raise ValueError(f"{spec}: no known endpoint runs on these weights; use ENDPOINT={spec}")
-    return {endpoint: where for endpoint in served if _has_all(models[endpoint], where)}
+    return {endpoint: where for endpoint in served if not _missing(models[endpoint], where)}
 
 
 def find_extra_weights(where: str | Path, extra_weights: ExtraWeights) -> Path | None:
@@ -63,18 +72,29 @@ def find_extra_weights(where: str | Path, extra_weights: ExtraWeights) -> Path |
     """
     if isinstance(where, Path):
         return where / extra_weights.directory if (where / extra_weights.directory).is_dir() else None
-    return hub.cached_path(extra_weights.hub_id)
+    return (hub.cached_lora if extra_weights.is_lora else hub.cached_path)(extra_weights.hub_id)
 
 
-def _has_all(model: Model, where: str | Path) -> bool:
-    return model.extra_weights is None or find_extra_weights(where, model.extra_weights) is not None
+def find_control_loras(where: str | Path) -> dict[str, Path]:
+    """Return the files of the installed control LoRAs, by their names in CONTROL_LORAS. `where` is as above."""
+    directories = {name: find_extra_weights(where, lora) for name, lora in CONTROL_LORAS.items()}
+    files = {name: hub.lora_file(directory) for name, directory in directories.items() if directory}
+    return {name: file for name, file in files.items() if file}
 
 
-def _describe_missing(model: Model, where: str | Path) -> str:
-    assert model.extra_weights is not None
+def is_lora(hub_id: str) -> bool:
+    """Return whether a hub id is that of a LoRA that an endpoint needs."""
+    return hub_id in {lora.hub_id for lora in CONTROL_LORAS.values()}
+
+
+def _missing(model: Model, where: str | Path) -> list[ExtraWeights]:
+    return [extra for extra in model.extra_weights if find_extra_weights(where, extra) is None]
+
+
+def _describe(extra_weights: ExtraWeights, where: str | Path) -> str:
     if isinstance(where, Path):
-        return f"{model.extra_weights.hub_id} in the directory {where / model.extra_weights.directory}"
-    return f"{model.extra_weights.hub_id}; run `flux-server pull {model.extra_weights.hub_id}`"
+        return f"{extra_weights.hub_id} in the directory {where / extra_weights.directory}"
+    return f"{extra_weights.hub_id}; run `flux-server pull {extra_weights.hub_id}`"
 
 
 def parse_spec(spec: str) -> str | Path:

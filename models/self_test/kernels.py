@@ -12,9 +12,9 @@ from models.flux.acceleration import Tier
 from models.flux.device import Device
 from models.flux.prompt_cache import FLUX_TEXT_TOKENS
 from models.flux.verdict import FP8_TEST
+from models.image_size import PRESETS
 from models.loading import fp8
 from models.loading.devices import dtype_for
-from models.schema import PRESETS
 from models.self_test.trials import Failed, Skipped, Subject, Trial, need_gpu
 
 #: The numbers of image and text tokens together, of 1024x1024 and of 1024x576; fewer on a CPU.

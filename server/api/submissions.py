@@ -5,7 +5,8 @@ import secrets
 from starlette.requests import Request
 
 from models.base import Model
-from models.schema import ImageInput, Limits
+from models.image_size import Limits
+from models.schema import ImageInput
 from server.api import validation
 from server.api.headers import (
     idempotency_key,

@@ -173,8 +173,9 @@ def _weights(
         sizes = _FLUX_DEV_SIZES
     else:
         verify.verify_pipeline(directory, pipeline.NON_PIPELINE_COMPONENTS)
-        if redux := specs.find_extra_weights(where, specs.REDUX):
-            verify.verify(redux)
+        for extra in specs.EXTRA_WEIGHTS:
+            if found := specs.find_extra_weights(where, extra):
+                verify.verify(found)
         sizes = pipeline.sizes_on_disk(where, directory)
         size = sum(sizes.values()) / 1e9
         yield Check(name, True, f"weights are here, {size:.2f} GB, for {', '.join(endpoints)}")

@@ -79,14 +79,14 @@ def pull(
 ) -> None:
     """Download weights and the safety checker from the hub to this machine, with the token in HF_TOKEN if set."""
     disable_telemetry_and_warnings()
-    from models.loading import hub
+    from models.loading import hub, specs
 
     try:
         for name in dict.fromkeys((hub_id, settings.safety_checker)):
             # The safety checker may be a local directory.
             if Path(name).is_dir():
                 continue
-            directory = hub.pull(name)
+            directory = (hub.pull_lora if specs.is_lora(name) else hub.pull)(name)
             typer.echo(f"{name}: {hub.size(directory) / 1e9:.2f} GB of weights in {directory}")
     except OSError as error:
         typer.echo(str(error), err=True)

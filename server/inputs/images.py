@@ -18,7 +18,7 @@ import PIL.Image
 from PIL import ImageOps, features
 from PIL.Image import Image
 
-from models.schema import Limits
+from models.image_size import Limits
 from server.errors import InvalidInputFile
 from server.inputs import image_decoder
 from server.inputs.child_process import run_program

@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 import pybase64
 from pydantic_core import to_json
 
-from models.schema import ImageInput, Limits, input_urls
+from models.image_size import Limits
+from models.schema import ImageInput, input_urls
 from server.errors import InternalError, InvalidInput, InvalidInputFile, QueueFull
 from server.executor import FairExecutor
 from server.inputs import hub, images, loras

@@ -18,8 +18,8 @@ from models.benchmark import random_weights
 from models.benchmark.random_weights import SHAPES
 from models.flux import compilation, decoder
 from models.flux.acceleration import Tier, random_inputs
+from models.image_size import PRESETS
 from models.loading import fp8
-from models.schema import PRESETS
 from tests.cuda.fake_gpu import A100, H100, RTX_4090, RTX_5090, Compiled, Model, fake_gpu
 from tests.cuda.recorder import recorded
 
@@ -34,12 +34,14 @@ SIZES = [*PRESETS.values(), (64, 64), (2048, 2048), (256, 512), (1536, 64)]
 TEXT_TOKENS = 512
 
 
-def transformer() -> Any:
-    """Build FLUX.1's transformer on the GPU with a few blocks, in bf16."""
+def transformer(in_channels: int = 64) -> Any:
+    """Build FLUX.1's transformer on the GPU with a few blocks, in bf16; its tokens have `in_channels` numbers."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
-            return FluxTransformer2DModel(**{**SHAPES["full"]["transformer"], **BLOCKS}).eval()
+            return FluxTransformer2DModel(
+                **{**SHAPES["full"]["transformer"], **BLOCKS, "in_channels": in_channels, "out_channels": 64}
+            ).eval()
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -87,10 +89,15 @@ def report(compiled: Compiled, name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("model", [A100, RTX_4090, H100, RTX_5090], ids=lambda model: model.name)
-def test_bf16(model: Model) -> None:
+@pytest.mark.parametrize(
+    ("model", "in_channels"),
+    # The last two are the transformers of FLUX.1 Canny and Depth, and of FLUX.1 Fill.
+    [(A100, 64), (RTX_4090, 64), (H100, 64), (RTX_5090, 64), (H100, 128), (H100, 384)],
+    ids=lambda each: getattr(each, "name", each),
+)
+def test_bf16(model: Model, in_channels: int) -> None:
     with fake_gpu(model) as compiled:
-        exact = compilation.compile_blocks(compilation.clone_sharing_weights(transformer()))
+        exact = compilation.compile_blocks(compilation.clone_sharing_weights(transformer(in_channels)))
         tier = Tier("none", exact, is_ready=False)
         tier.warm_up("cuda", torch.bfloat16, TEXT_TOKENS)
         report(compiled, f"{model.name}, none")

@@ -3,7 +3,7 @@
 An operation whose tensors are on different devices raises an error, as on a GPU.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +19,9 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from transformers import (
     BatchFeature,
     CLIPConfig,
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Config,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -26,8 +29,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from models.base import NO_INPUTS
 from models.benchmark import random_weights
 from models.flux.acceleration import Tier
+from models.flux.control import DepthEstimator
 from models.flux.engine import FluxEngine
 from models.flux.redux import Redux
 from models.flux.safety_checker import CompVis, ImageClassifier, Unavailable
@@ -57,6 +62,18 @@ SIGLIP = {
     "num_hidden_layers": 27,
     "num_attention_heads": 16,
 }
+#: The shape of `LiheYoung/depth-anything-large-hf`, and an image as its processor makes it.
+DEPTH_ANYTHING = {
+    "reassemble_hidden_size": 1024,
+    "neck_hidden_sizes": [256, 512, 1024, 1024],
+    "fusion_hidden_size": 256,
+}
+DINO = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "out_indices": [5, 12, 18, 24]}
+DEPTH_SIDE = 518
+#: The numbers that a token of each kind of transformer has.
+IN_CHANNELS = {"plain": 64, "control": 128, "fill": 384}
+#: The rank of the published control LoRAs.
+CONTROL_RANK = 128
 #: The tiers by the number of values that a step may read back: "high" compares residuals once a step.
 READS = {"none": 0, "regular": 0, "high": 1}
 
@@ -92,9 +109,35 @@ def redux_prior() -> FluxPriorReduxPipeline:
     return prior
 
 
-def engine_with(plan: Plan) -> FluxEngine:
-    """Build an engine with FLUX.1's shapes, placed by `plan`, and the tiers that such an engine has, uncompiled."""
-    pipeline = random_weights.build("full", "cuda" if plan.is_resident else "cpu", torch.bfloat16)
+class FakeDepths(DepthEstimator):
+    """Double of the way from an image to its depths: the model runs, but what it finds has no values to make one of."""
+
+    def depths(self, image: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:
+        pixels = torch.zeros(1, 3, DEPTH_SIDE, DEPTH_SIDE).to(self._model.device, self._model.dtype)
+        assert self._model(pixel_values=pixels).predicted_depth.device.type == "cuda"
+        return PIL.Image.new("RGB", size)
+
+
+def depth_estimator() -> DepthEstimator:
+    """Build Depth Anything with the shapes of its large model on the GPU, in bf16."""
+    backbone = Dinov2Config(**DINO, image_size=DEPTH_SIDE, patch_size=14, reshape_hidden_states=False)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            model = DepthAnythingForDepthEstimation(DepthAnythingConfig(backbone_config=backbone, **DEPTH_ANYTHING))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return FakeDepths(model.eval(), None)
+
+
+def engine_with(plan: Plan, kind: str = "plain", control_loras: Mapping[str, Path] = NO_INPUTS) -> FluxEngine:
+    """Build an engine with FLUX.1's shapes, placed by `plan`, and the tiers that such an engine has, uncompiled.
+
+    `kind` is that of its transformer.
+    """
+    shape = {**random_weights.SHAPES["full"]["transformer"], "in_channels": IN_CHANNELS[kind], "out_channels": 64}
+    with mock.patch.dict(random_weights.SHAPES["full"], transformer=shape):
+        pipeline = random_weights.build("full", "cuda" if plan.is_resident else "cpu", torch.bfloat16)
     # torchao asks PyTorch for a GPU; everything else must not, because PyTorch would start it.
     with mock.patch.object(torch.cuda, "is_available", lambda: True):
         pipeline = plan.apply(pipeline, "cuda")
@@ -102,7 +145,16 @@ def engine_with(plan: Plan) -> FluxEngine:
     if plan.can_compile:
         tiers.append(Tier("high", pipeline.transformer, skips_blocks=True))
     redux = Redux(redux_prior(), pipeline.transformer)
-    return FluxEngine(pipeline, Unavailable("not used"), tiers, "cuda", plan=plan, redux=redux)
+    return FluxEngine(
+        pipeline,
+        Unavailable("not used"),
+        tiers,
+        "cuda",
+        plan=plan,
+        redux=redux,
+        depth_estimator=depth_estimator() if kind != "fill" else None,
+        control_loras=control_loras,
+    )
 
 
 @dataclass(frozen=True)
@@ -111,20 +163,31 @@ class Files:
 
     image: Path
     lora: Path
+    control_lora: Path
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> Files:
-    image, lora = tmp_path / "image.png", tmp_path / "lora.safetensors"
+    image, *loras = (tmp_path / name for name in ("image.png", "lora.safetensors", "control.safetensors"))
     PIL.Image.new("RGB", (SIDE, SIDE)).save(image)
-    lora.write_bytes(b"read by a double")
-    return Files(image, lora)
+    for lora in loras:
+        lora.write_bytes(b"read by a double")
+    return Files(image, *loras)
 
 
 def tasks_of(engine: FluxEngine, acceleration: str, files: Files) -> Iterator[tuple[str, FluxTask]]:
     """Yield a task for each kind of endpoint that the engine serves in this tier."""
-    yield "prompt", engine.start(request(acceleration, SIDE), 1)
     image = {"image_url": files.image}
+    if engine.kind == "control":
+        for role in ("canny", "depth"):
+            yield role, engine.start(request(acceleration, SIDE, image_role=role), 1, image)
+        return
+    if engine.kind == "fill":
+        filled = request(acceleration, SIDE, image_role="fill", paste_back=True, resize_to_original=False)
+        shown = {"mask_url": files.image, "fill_image.fill_image_url": files.image}
+        yield "fill", engine.start(filled, 1, {**image, **shown})
+        return
+    yield "prompt", engine.start(request(acceleration, SIDE), 1)
     yield "image-to-image", engine.start(request(acceleration, SIDE, strength=0.8), 1, image)
     yield "inpainting", engine.start(request(acceleration, SIDE, strength=0.8), 1, {**image, "mask_url": files.image})
     yield "redux", engine.start(request(acceleration, SIDE, image_role="prompt"), 1, image)
@@ -132,6 +195,11 @@ def tasks_of(engine: FluxEngine, acceleration: str, files: Files) -> Iterator[tu
     if engine.loras and acceleration != "high":
         loras = request(acceleration, SIDE, loras=[SimpleNamespace(scale=1.0)])
         yield "lora", engine.start(loras, 1, {"loras.0.path": files.lora})
+        fields = {"control_lora": "depth", "control_lora_strength": 1.0, "strength": 0.8}
+        yield (
+            "control lora",
+            engine.start(request(acceleration, SIDE, **fields), 1, {**image, "control_lora_image_url": files.image}),
+        )
 
 
 def lora_weights(transformer: Any) -> dict[str, Any]:
@@ -142,6 +210,22 @@ def lora_weights(transformer: Any) -> dict[str, Any]:
             pairs[f"transformer.{name}.lora_A.weight"] = torch.zeros(16, module.in_features, dtype=torch.bfloat16)
             pairs[f"transformer.{name}.lora_B.weight"] = torch.zeros(module.out_features, 16, dtype=torch.bfloat16)
     return pairs
+
+
+def control_lora_weights(transformer: Any) -> dict[str, Any]:
+    """Return a control LoRA for every layer of the blocks and the layer that takes two sets of latents."""
+    tensors = {}
+    for name, module in transformer.named_modules():
+        if isinstance(module, torch.nn.Linear) and (name == "x_embedder" or "transformer_blocks" in name):
+            taken = IN_CHANNELS["control"] if name == "x_embedder" else module.in_features
+            tensors[f"transformer.{name}.lora_A.weight"] = torch.zeros(CONTROL_RANK, taken, dtype=torch.bfloat16)
+            tensors[f"transformer.{name}.lora_B.weight"] = torch.zeros(
+                module.out_features, CONTROL_RANK, dtype=torch.bfloat16
+            )
+            tensors[f"transformer.{name}.lora_B.bias"] = torch.zeros(module.out_features, dtype=torch.bfloat16)
+        elif name.endswith(("norm_q", "norm_k")):
+            tensors[f"transformer.{name}.weight"] = torch.zeros(module.weight.shape, dtype=torch.bfloat16)
+    return tensors
 
 
 def generate(engine: FluxEngine, recorder: Recorder, task: FluxTask) -> tuple[int, list[str], int]:
@@ -176,40 +260,46 @@ def generate_two(engine: FluxEngine, recorder: Recorder, acceleration: str) -> i
     return recorder.peak
 
 
-def check_plan(plan: Plan, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_plan(plan: Plan, files: Files, monkeypatch: pytest.MonkeyPatch, kind: str = "plain") -> None:
     """Check that each kind of endpoint keeps to the plan's promise in each tier, and that no step waits for the GPU."""
     sizes = random_weights.sizes("full", torch.bfloat16)
     with fake_gpu(H100), recorded() as recorder:
-        engine = engine_with(plan)
+        engine = engine_with(plan, kind, {"depth": files.control_lora} if kind == "plain" else {})
         placing = recorder.peak
-        monkeypatch.setattr("models.flux.loras.load_file", lambda _: lora_weights(engine.pipeline.transformer))
+        read = {files.lora: lora_weights, files.control_lora: control_lora_weights}
+        monkeypatch.setattr("models.flux.loras.load_file", lambda path: read[path](engine.pipeline.transformer))
         assert engine.redux
         parts = engine.redux.prior.image_encoder, engine.redux.prior.image_embedder
         sizes["redux"] = sum(weight.nbytes for part in parts for weight in part.parameters())
+        if engine.depth_estimator:
+            sizes["depth"] = sum(weight.nbytes for weight in engine.depth_estimator._model.parameters())
+        if engine.control_loras:
+            lora = control_lora_weights(engine.pipeline.transformer)
+            sizes["depth-lora"] = sum(tensor.nbytes for tensor in lora.values())
         promised, placed = plan.required_bytes(sizes), recorder.live
         for tier in engine.tiers:
             peaks, launches = {}, {}
-            for kind, task in tasks_of(engine, tier.name, files):
-                peaks[kind], reads, launches[kind] = generate(engine, recorder, task)
+            for name, task in tasks_of(engine, tier.name, files):
+                peaks[name], reads, launches[name] = generate(engine, recorder, task)
                 assert len(reads) == READS[tier.name] * (task.num_steps - 1), f"steps wait for the GPU in {reads}"
-            if tier.shares_forwards:
+            if tier.shares_forwards and kind == "plain":
                 peaks["two prompts at once"] = generate_two(engine, recorder, tier.name)
-            figures = ", ".join(f"{peak / 1e9:.1f} with {kind}" for kind, peak in peaks.items())
-            print(
-                f"{plan.name}, {tier.name}, in GB: {placed / 1e9:.1f} placed, {figures}, {promised / 1e9:.1f} promised"
-            )
-            print(f"{plan.name}, {tier.name}, uncompiled: {launches['prompt']} operations a step")
+            figures = ", ".join(f"{peak / 1e9:.1f} with {name}" for name, peak in peaks.items())
+            what = f"{plan.name}, {kind}, {tier.name}"
+            print(f"{what}, in GB: {placed / 1e9:.1f} placed, {figures}, {promised / 1e9:.1f} promised")
+            print(f"{what}, uncompiled: {next(iter(launches.values()))} operations a step")
             # The promise includes more than a gigabyte for CUDA and its libraries, which fake tensors do not take. Two
             # images share a forward only as long as there is room.
             at_once = peaks.pop("two prompts at once", 0)
             assert max(*peaks.values(), placing) + 1e9 < promised and at_once < promised, "the plan promises too little"
 
 
+@pytest.mark.parametrize("kind", IN_CHANNELS)
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
 def test_every_endpoint_keeps_to_the_plan_and_no_step_waits_for_the_gpu(
-    plan: Plan, files: Files, monkeypatch: pytest.MonkeyPatch
+    plan: Plan, kind: str, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_plan(plan, files, monkeypatch)
+    check_plan(plan, files, monkeypatch, kind)
 
 
 def test_a_plan_that_promises_too_little_is_found(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:

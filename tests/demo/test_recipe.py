@@ -15,8 +15,8 @@ from models.demo.recipe import captions, scenes
 from models.demo.recipe.export import JUDGE
 from models.demo.recipe.objects import BACKGROUNDS, FLAGGED, SMALL
 from models.demo.recipe.plan import TOKEN_PIXELS
+from models.image_size import PRESETS
 from models.loading.devices import dtype_for
-from models.schema import PRESETS
 from tests.support.server_process import ROOT
 
 #: The tests take half a minute on an idle machine, and more on a busy one.

@@ -11,8 +11,8 @@ import httpx
 import pytest
 from PIL import ExifTags, Image
 
+from models.image_size import PRESETS
 from models.loading.devices import dtype_for, type_name
-from models.schema import PRESETS
 from server.worker.image_encoder import DIGITAL_SOURCE_TYPE
 from tests.support.server_process import TEST_MODELS, Gate, Server, serving, wait_until_claimed, wait_until_completed
 

@@ -14,9 +14,9 @@ from models.flux.loader import load_engine
 from models.flux.prompt_cache import PromptEmbeds, count_text_tokens
 from models.flux.task import FluxTask
 from models.flux_dev import FluxDevInput
+from models.image_size import PRESETS
 from models.loading.devices import dtype_for
 from models.loading.specs import DEMO
-from models.schema import PRESETS
 from tests.support import tiny_flux
 from tests.support.tiny_flux import (
     difference,

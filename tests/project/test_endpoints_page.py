@@ -33,7 +33,7 @@ def test_the_table_has_each_endpoint() -> None:
 def test_weights_licence_and_memory_of_an_endpoint(endpoint: str) -> None:
     model = MODELS[endpoint.removesuffix("/stream")]
     _, weights, licence, memory, _ = ENDPOINTS[endpoint]
-    needed = [*model.weights, *([model.extra_weights.hub_id] if model.extra_weights else [])]
+    needed = [*model.weights, *(extra.hub_id for extra in model.extra_weights)]
     named = [WEIGHTS[name] for name in weights.split(" with ")]
     for hub_id, (where, _, _) in zip(needed, named, strict=True):
         assert f"`{hub_id}" in f"`{where}`"

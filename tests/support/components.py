@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from models.flux_dev import FluxDevInput
-from models.schema import Limits
+from models.image_size import Limits
 from server.inputs.cache import INPUTS, InputCache, size_of
 from server.inputs.resolver import InputResolver
 from server.net.outbound import OutboundClient

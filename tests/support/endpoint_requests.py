@@ -28,6 +28,7 @@ def upload_inputs(client: httpx.Client) -> dict[str, Any]:
         "image_url": image_url,
         "mask_url": _upload(client, encode(mask), "image/png"),
         "reference_image_url": image_url,
+        "control_lora_image_url": image_url,
         "fill_image": {"fill_image_url": image_url},
         "loras": [{"path": lora, "scale": 0.8}],
     }
@@ -43,6 +44,7 @@ def upload_other_inputs(client: httpx.Client) -> dict[str, Any]:
         "image_url": image_url,
         "mask_url": _upload(client, encode(mask), "image/png"),
         "reference_image_url": image_url,
+        "control_lora_image_url": image_url,
         "fill_image": {"fill_image_url": image_url},
         "loras": [],
     }

@@ -192,7 +192,7 @@ class NullModel:
 
     family = "null"
     weights: tuple[str, ...] = ()
-    extra_weights = None
+    extra_weights = ()
     Input: type[ImageInput] = FluxDevInput
     Output = FluxDevOutput
 

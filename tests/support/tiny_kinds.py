@@ -1,4 +1,4 @@
-"""Small weights for the endpoints that the demo does not serve: Redux, Fill, Canny and Depth."""
+"""Small weights for the endpoints that the demo does not serve: Redux, Fill, Canny, Depth and control LoRAs."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
 from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessorPil
 
-from models.loading.specs import DEPTH
+from models.loading.specs import CONTROL_LORAS, DEPTH
 from tests.support.tiny_redux import write_demo_with_redux
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -27,6 +27,34 @@ def write_demo_of_kind(directory: Path, kind: str) -> Path:
     if kind == "control":
         write_depth(directory / DEPTH.directory)
     return directory
+
+
+def add_control_loras(directory: Path) -> None:
+    """Add random control LoRAs, and random weights that find depths, to a directory of the demo weights."""
+    config = json.loads((directory / "transformer" / "config.json").read_text(encoding="utf-8"))
+    heads = config["num_attention_heads"], config["attention_head_dim"]
+    for seed, lora in enumerate(CONTROL_LORAS.values()):
+        (directory / lora.directory).mkdir()
+        write_control_lora(directory / lora.directory / "lora.safetensors", seed, config["in_channels"], heads)
+    write_depth(directory / DEPTH.directory)
+
+
+def write_control_lora(path: Path, seed: int, in_channels: int, heads: tuple[int, int], rank: int = 4) -> Path:
+    """Write a random control LoRA for a transformer with this number of heads of this width; return its path.
+
+    As the published ones, it takes two sets of latents, has biases, and replaces the weights of normalizations.
+    """
+    width = heads[0] * heads[1]
+    generator = torch.Generator().manual_seed(seed)
+    layers = {"x_embedder": 2 * in_channels, "transformer_blocks.0.attn.to_q": width}
+    tensors = {}
+    for layer, num_inputs in layers.items():
+        tensors[f"transformer.{layer}.lora_A.weight"] = 0.1 * torch.randn(rank, num_inputs, generator=generator)
+        tensors[f"transformer.{layer}.lora_B.weight"] = 0.1 * torch.randn(width, rank, generator=generator)
+        tensors[f"transformer.{layer}.lora_B.bias"] = 0.1 * torch.randn(width, generator=generator)
+    tensors["transformer.transformer_blocks.0.attn.norm_q.weight"] = torch.randn(heads[1], generator=generator)
+    save_file(tensors, path)
+    return path
 
 
 def _widen(transformer: Path, in_channels: int) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from models import discover
-from models.schema import EXAMPLE_IMAGE
+from models.schema import EXAMPLE_IMAGE, InputURL
 from server.api.fal_openapi import input_and_output
 from tests.support.fal_endpoints import FACTS
 
@@ -23,7 +23,7 @@ def schema_of(endpoint: str) -> dict[str, Any]:
 
 def test_the_package_has_these_endpoints_and_no_others() -> None:
     assert {id_here(endpoint) for endpoint in FACTS} == set(MODELS)
-    assert len(FACTS) == 35
+    assert len(FACTS) == 39
 
 
 @pytest.mark.parametrize("endpoint", FACTS)
@@ -45,6 +45,13 @@ def test_the_defaults_ranges_and_choices_are_fals(endpoint: str) -> None:
 
 
 @pytest.mark.parametrize("endpoint", MODELS)
+def test_every_url_is_marked_to_be_fetched(endpoint: str) -> None:
+    for name, field in MODELS[endpoint].Input.model_fields.items():
+        is_marked = any(isinstance(marker, InputURL) for marker in field.metadata)
+        assert is_marked == name.endswith("_url"), name
+
+
+@pytest.mark.parametrize("endpoint", MODELS)
 def test_the_metadata_of_an_image_holds_the_parameters_of_its_request_without_urls(endpoint: str) -> None:
     model = MODELS[endpoint]
     body = {
@@ -52,13 +59,22 @@ def test_the_metadata_of_an_image_holds_the_parameters_of_its_request_without_ur
         "image_url": EXAMPLE_IMAGE,
         "mask_url": EXAMPLE_IMAGE,
         "reference_image_url": EXAMPLE_IMAGE,
+        "control_lora_image_url": EXAMPLE_IMAGE,
         "loras": [{"path": "a/b", "scale": 2}],
     }
     parameters = dict(model.metadata(model.Input.model_validate(body), 1))
     assert (parameters.pop("endpoint"), parameters["seed"]) == (endpoint, 1)
     fields = model.Input.model_fields.keys()
     assert parameters.pop("lora_scales", None) == ([2] if "loras" in fields else None)
-    names = {"prompt", "seed", "num_inference_steps", "guidance_scale", "strength", "resolution_mode"}
+    names = {
+        "prompt",
+        "seed",
+        "num_inference_steps",
+        "guidance_scale",
+        "strength",
+        "resolution_mode",
+        "control_lora_strength",
+    }
     assert parameters.keys() == fields & names
 
 

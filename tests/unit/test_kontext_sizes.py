@@ -5,8 +5,8 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from pydantic import ValidationError
 
 from models.flux_kontext import FluxKontextDevInput
+from models.image_size import Limits
 from models.kontext_sizes import TRAINED_SIZES
-from models.schema import Limits
 
 
 def parse(mode: str, **limits: int) -> FluxKontextDevInput:

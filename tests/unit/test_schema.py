@@ -7,7 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from models.flux_dev import FluxDevInput, FluxDevOutput
-from models.schema import MAX_PROMPT_LENGTH, MAX_SEED, PRESETS, Limits
+from models.image_size import PRESETS, Limits
+from models.schema import MAX_PROMPT_LENGTH, MAX_SEED
 
 #: The page's fields in the page's order, with default and range, then the fields of fal's JavaScript types.
 FIELDS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
 from models.base import Model
-from models.schema import PRESETS, ImageSize, Limits, Size
+from models.image_size import PRESETS, ImageSize, Limits, Size
 from server.api import validation
 from server.api.model_names import ModelNames, is_inline_name, is_openai_name
 from server.errors import InvalidInput

@@ -1,7 +1,8 @@
 """test/inpaint: returns the image it receives, red where its mask is white."""
 
 from models.flux_dev import FluxDevImageToImageInput
-from models.schema import ImageURL, Size, Strength
+from models.image_size import Size
+from models.schema import ImageURL, Strength
 from tests.support.fake_models import InpaintEngine, NullModel
 
 

@@ -12,9 +12,11 @@ import pytest
 from models.loading import hub as hub_module
 from tests.support.fake_hub import Hub, running_hub, write_checker, write_flux_dev
 from tests.support.server_process import ROOT, serving
+from tests.support.tiny_kinds import write_control_lora
 
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 CHECKER = "Falconsai/nsfw_image_detection"
+CANNY_LORA = "black-forest-labs/FLUX.1-Canny-dev-lora"
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,10 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("hub")
     write_flux_dev(directory / "flux")
     write_checker(directory / "checker")
-    return {FLUX_DEV: directory / "flux", CHECKER: directory / "checker"}
+    (directory / "lora").mkdir()
+    write_control_lora(directory / "lora" / "flux1-canny-dev-lora.safetensors", 0, 64, (2, 32))
+    (directory / "lora" / "README.md").write_bytes(b"not needed")
+    return {FLUX_DEV: directory / "flux", CHECKER: directory / "checker", CANNY_LORA: directory / "lora"}
 
 
 @pytest.fixture
@@ -69,6 +74,27 @@ def test_pull_downloads_only_the_files_that_the_pipeline_needs(hub: Hub, tmp_pat
     assert not {name.rpartition("/")[2] for name in hub.requested_files} & {*unwanted, "diffusion_pytorch_model.bin"}
     assert hub_module.missing_components(snapshot(tmp_path)) == []
     assert hub_module.missing_components(snapshot(tmp_path, CHECKER)) == []
+
+
+def test_a_control_lora_is_pulled_and_found_without_the_hub(hub: Hub, tmp_path: Path) -> None:
+    for _ in range(2):
+        completed = pull(hub, tmp_path, CANNY_LORA)
+        assert completed.returncode == 0, completed.stderr
+    file = snapshot(tmp_path, CANNY_LORA) / "flux1-canny-dev-lora.safetensors"
+    assert files_of(file.parent) == {file.name}
+    hub.close()
+    program = f"from models.loading import specs; print(specs.find_control_loras({FLUX_DEV!r}))"
+    found = subprocess.check_output(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment(hub, tmp_path), text=True
+    )
+    assert found.strip() == repr({"canny": file})
+
+
+def test_a_repository_with_several_files_is_no_lora(hub: Hub, tmp_path: Path) -> None:
+    hub.repositories = {**hub.repositories, CANNY_LORA: hub.repositories[FLUX_DEV]}
+    completed = pull(hub, tmp_path, CANNY_LORA)
+    assert completed.returncode == 1
+    assert "does not hold exactly one safetensors file" in completed.stderr
 
 
 def test_interrupted_downloads_are_completed(hub: Hub, tmp_path: Path) -> None:

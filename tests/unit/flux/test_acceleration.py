@@ -20,9 +20,9 @@ from models.base import EngineConfig
 from models.flux import acceleration, compilation
 from models.flux.acceleration import Tier
 from models.flux.engine import FluxEngine
+from models.image_size import PRESETS
 from models.loading import fp8, memory_plans
 from models.loading.memory_plans import PLANS
-from models.schema import PRESETS
 from tests.support import tiny_flux
 from tests.support.tiny_flux import AllSafeChecker, AlwaysShare, generate_latents, make_request
 

@@ -8,7 +8,7 @@ from PIL import Image
 from models.base import GenerationFailed
 from models.flux.input_images import InputImages, requested_size
 from models.flux_kontext import FluxKontextDevInput
-from models.schema import ImageSize
+from models.image_size import ImageSize
 
 
 def image(width: int = 96, height: int = 64) -> Image.Image:

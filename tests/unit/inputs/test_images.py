@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 import pytest
 
-from models.schema import Limits
+from models.image_size import Limits
 from server.errors import InternalError, InvalidInputFile
 from server.inputs import child_process, image_decoder, images
 from server.inputs.child_process import Result

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from models.base import Model
-from models.schema import Limits
+from models.image_size import Limits
 from server.api.model_names import ModelNames
 from server.api.openai.requests import Encoding, ImagesRequest, VariationRequest, translate_form
 from server.errors import InvalidInput

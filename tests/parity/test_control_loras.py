@@ -1,0 +1,262 @@
+"""Control LoRAs against diffusers' own pipelines, bit for bit, and what they leave of the base weights."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy
+import PIL.Image
+import pytest
+import torch
+from diffusers import FluxControlImg2ImgPipeline, FluxControlPipeline, FluxTransformer2DModel
+from diffusers.loaders import FluxLoraLoaderMixin
+from PIL.Image import Image
+
+from models.base import GenerationFailed, IncompatibleInput
+from models.flux import control
+from models.flux.control import DepthEstimator
+from models.flux.engine import FluxEngine
+from models.flux.loras import LoraManager
+from models.flux.prompt_cache import count_text_tokens
+from models.flux_control_lora import (
+    FluxControlLoraCannyImageToImageInput,
+    FluxControlLoraCannyInput,
+    FluxControlLoraDepthImageToImageInput,
+    FluxControlLoraDepthInput,
+)
+from tests.support import tiny_flux
+from tests.support.tiny_flux import AllSafeChecker, difference, finish_task, tiers_of, write_lora
+from tests.support.tiny_kinds import write_control_lora, write_depth
+
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+
+SIZE = (80, 64)
+HEADS = (2, 16)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """Write an image to follow, an image to start from, LoRAs, and weights that find depths; return their paths."""
+    pixels = numpy.random.default_rng(3).integers(0, 3, (*SIZE[::-1], 3), dtype=numpy.uint8)
+    pixels[20:50, 30:60] += 200
+    PIL.Image.fromarray(pixels).save(tmp_path / "followed.png")
+    PIL.Image.fromarray(pixels[:, ::-1].copy()).save(tmp_path / "start.png")
+    for seed, name in enumerate(("canny", "depth")):
+        write_control_lora(tmp_path / f"{name}.safetensors", seed, 16, HEADS)
+    write_lora(tmp_path / "style.safetensors", 7)
+    write_depth(tmp_path / "estimator")
+    return {path.stem: path for path in tmp_path.iterdir()}
+
+
+def engine_of(files: dict[str, Path], dtype: torch.dtype = torch.float32) -> FluxEngine:
+    pipeline = tiny_flux.pipeline(dtype)
+    return FluxEngine(
+        pipeline,
+        AllSafeChecker(),
+        tiers_of(pipeline.transformer),
+        "cpu",
+        depth_estimator=DepthEstimator.load(files["estimator"], "cpu", torch.float32),
+        control_loras={name: files[name] for name in ("canny", "depth")},
+    )
+
+
+def request_of(kind: Any, **fields: Any) -> Any:
+    body = {"prompt": "a fish", "num_inference_steps": 4, "image_size": {"width": SIZE[0], "height": SIZE[1]}}
+    urls = {"control_lora_image_url": "unused", **({"image_url": "unused"} if "strength" in kind.model_fields else {})}
+    return kind.model_validate({**body, **urls, **fields})
+
+
+def generate(engine: FluxEngine, request: Any, files: dict[str, Path]) -> Image:
+    inputs = {"control_lora_image_url": files["followed"]}
+    if hasattr(request, "strength"):
+        inputs["image_url"] = files["start"]
+    inputs |= {f"loras.{place}.path": files["style"] for place in range(len(request.loras))}
+    (image,) = finish_task(engine, engine.start(request, 5, inputs))
+    return image
+
+
+def call_diffusers(kind: Any, dtype: torch.dtype, request: Any, followed: Image, *adapters: tuple[Path, float]) -> Any:
+    """Generate the request's image with a pipeline of diffusers and these LoRAs, of which the first is a control."""
+    parts = dict(tiny_flux.pipeline(dtype).components)
+    # The classes have no parts for IP adapters.
+    del parts["image_encoder"], parts["feature_extractor"]
+    pipeline = kind(**parts)
+    pipeline.set_progress_bar_config(disable=True)
+    for path, _ in adapters:
+        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=path.stem)
+    pipeline.set_adapters([path.stem for path, _ in adapters], [scale for _, scale in adapters])
+    start = {}
+    if kind is FluxControlImg2ImgPipeline:
+        with PIL.Image.open(adapters[0][0].parent / "start.png") as image:
+            start = {"image": image.copy(), "strength": request.strength}
+    return pipeline(
+        prompt=request.prompt,
+        control_image=followed,
+        width=SIZE[0],
+        height=SIZE[1],
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(5),
+        max_sequence_length=count_text_tokens(pipeline),
+        **start,
+    ).images[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("kind", "ours"),
+    [
+        (FluxControlPipeline, FluxControlLoraCannyInput),
+        (FluxControlImg2ImgPipeline, FluxControlLoraCannyImageToImageInput),
+    ],
+)
+def test_canny_equals_the_pipeline(files: dict[str, Path], dtype: torch.dtype, kind: Any, ours: Any) -> None:
+    edges = control.edges(PIL.Image.open(files["followed"]), SIZE)
+    engine = engine_of(files, dtype)
+    for strength, scales in ((1.0, []), (0.7, [0.6])):
+        loras = [{"path": "unused", "scale": scale} for scale in scales]
+        request = request_of(ours, control_lora_strength=strength, loras=loras)
+        adapters = [(files["canny"], strength), *((files["style"], scale) for scale in scales)]
+        expected = call_diffusers(kind, dtype, request, edges, *adapters)
+        assert difference(generate(engine, request, files), expected) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "ours"),
+    [
+        (FluxControlPipeline, FluxControlLoraDepthInput),
+        (FluxControlImg2ImgPipeline, FluxControlLoraDepthImageToImageInput),
+    ],
+)
+def test_depth_equals_the_pipeline(files: dict[str, Path], kind: Any, ours: Any) -> None:
+    engine = engine_of(files)
+    followed = PIL.Image.open(files["followed"])
+    assert engine.depth_estimator
+    depths = engine.depth_estimator.depths(followed, SIZE)
+    request = request_of(ours)
+    expected = call_diffusers(kind, torch.float32, request, depths, (files["depth"], 1.0))
+    assert difference(generate(engine, request, files), expected) == 0
+
+
+def test_an_image_of_depths_is_taken_as_it_is(files: dict[str, Path]) -> None:
+    request = request_of(FluxControlLoraDepthInput, preprocess_depth=False)
+    followed = PIL.Image.open(files["followed"])
+    expected = call_diffusers(FluxControlPipeline, torch.float32, request, followed, (files["depth"], 1.0))
+    assert difference(generate(engine_of(files), request, files), expected) == 0
+
+
+def test_without_a_control_image_the_image_is_that_of_the_base(files: dict[str, Path]) -> None:
+    engine = engine_of(files)
+    request = FluxControlLoraCannyInput.model_validate(
+        {"prompt": "a fish", "num_inference_steps": 2, "image_size": {"width": SIZE[0], "height": SIZE[1]}}
+    )
+    (image,) = finish_task(engine, engine.start(request, 5))
+    (base,) = finish_task(engine, engine.start(tiny_flux.make_request("a fish", *SIZE), 5))
+    assert difference(image, base) == 0
+
+
+def fingerprint(engine: FluxEngine) -> str:
+    """Return a hash of the names, the shapes and every bit of the transformer's weights."""
+    digest = hashlib.sha256()
+    for key, weight in sorted(engine.pipeline.transformer.state_dict().items()):
+        digest.update(f"{key}{weight.shape}".encode())
+        digest.update(weight.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_the_base_weights_never_change(files: dict[str, Path]) -> None:
+    """Two control LoRAs in turn give the images that each gives alone, and leave no trace in the base weights."""
+    engine = engine_of(files)
+    before = fingerprint(engine)
+    kinds = (FluxControlLoraCannyInput, FluxControlLoraDepthInput)
+    alone = [generate(engine_of(files), request_of(kind), files) for kind in kinds]
+    for _ in range(2):
+        for kind, expected in zip(kinds, alone, strict=True):
+            assert difference(generate(engine, request_of(kind), files), expected) == 0
+    assert fingerprint(engine) == before
+    shared = engine.pipeline.transformer.proj_out.weight
+    assert engine.loras and {
+        twin.pipeline.transformer.proj_out.weight is shared for twin in engine.loras._twins.values()
+    } == {True}
+
+
+def test_control_loras_are_evicted_and_come_back(files: dict[str, Path]) -> None:
+    engine = engine_of(files)
+    engine.loras = LoraManager(engine.pipeline, kept_bytes=files["canny"].stat().st_size)
+    first = generate(engine, request_of(FluxControlLoraCannyInput), files)
+    generate(engine, request_of(FluxControlLoraDepthInput), files)
+    assert engine.loras.names == ["depth"]
+    assert difference(generate(engine, request_of(FluxControlLoraCannyInput), files), first) == 0
+
+
+def test_requests_with_equal_control_loras_share_forwards(files: dict[str, Path]) -> None:
+    engine = engine_of(files)
+    request = request_of(FluxControlLoraCannyInput, num_images=2)
+    images = finish_task(engine, engine.start(request, 5, {"control_lora_image_url": files["followed"]}))
+    single = request_of(FluxControlLoraCannyInput)
+    for place, image in enumerate(images):
+        (expected,) = finish_task(
+            engine, engine.start(single, 5 + place, {"control_lora_image_url": files["followed"]})
+        )
+        assert difference(image, expected) == 0
+
+
+def test_a_missing_control_lora_is_named(files: dict[str, Path]) -> None:
+    engine = tiny_flux.engine()
+    with pytest.raises(GenerationFailed, match=r"FLUX\.1-Canny-dev-lora is missing here"):
+        generate(engine, request_of(FluxControlLoraCannyInput), files)
+
+
+def test_a_bad_lora_of_the_client_is_named_by_its_place(files: dict[str, Path]) -> None:
+    write_lora(files["style"], 7, width=48)
+    request = request_of(FluxControlLoraCannyInput, loras=[{"path": "unused"}])
+    with pytest.raises(IncompatibleInput) as error:
+        generate(engine_of(files), request, files)
+    assert error.value.loc == ("loras", 0, "path")
+
+
+def test_a_control_lora_that_does_not_fit_is_no_fault_of_the_client(files: dict[str, Path]) -> None:
+    write_control_lora(files["canny"], 1, 16, (4, 16))
+    with pytest.raises(GenerationFailed, match="The server's control LoRA does not fit its weights"):
+        generate(engine_of(files), request_of(FluxControlLoraCannyInput), files)
+
+
+def test_the_published_layout_fits_the_true_transformer() -> None:
+    """Convert a control LoRA with Black Forest Labs' names; each of its layers is in FLUX.1's transformer."""
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(guidance_embeds=True)
+    tensors: dict[str, torch.Tensor] = {}
+
+    def add(name: str, taken: int, given: int) -> None:
+        tensors[f"{name}.lora_A.weight"] = torch.zeros(2, taken)
+        tensors[f"{name}.lora_B.weight"] = torch.zeros(given, 2)
+        tensors[f"{name}.lora_B.bias"] = torch.zeros(given)
+
+    width = 3072
+    add("img_in", 128, width)
+    add("txt_in", 4096, width)
+    for name, taken in (("time_in", 256), ("vector_in", 768), ("guidance_in", 256)):
+        add(f"{name}.in_layer", taken, width)
+        add(f"{name}.out_layer", width, width)
+    for block in range(19):
+        for stream in ("img", "txt"):
+            start = f"double_blocks.{block}.{stream}"
+            add(f"{start}_mod.lin", width, 6 * width)
+            add(f"{start}_attn.qkv", width, 3 * width)
+            add(f"{start}_attn.proj", width, width)
+            add(f"{start}_mlp.0", width, 4 * width)
+            add(f"{start}_mlp.2", 4 * width, width)
+            for norm in ("query_norm", "key_norm"):
+                tensors[f"{start}_attn.norm.{norm}.scale"] = torch.zeros(128)
+    for block in range(38):
+        add(f"single_blocks.{block}.modulation.lin", width, 3 * width)
+        add(f"single_blocks.{block}.linear1", width, 7 * width)
+        add(f"single_blocks.{block}.linear2", 5 * width, width)
+        for norm in ("query_norm", "key_norm"):
+            tensors[f"single_blocks.{block}.norm.{norm}.scale"] = torch.zeros(128)
+    add("final_layer.adaLN_modulation.1", width, 2 * width)
+    add("final_layer.linear", width, 64)
+    converted = FluxLoraLoaderMixin.lora_state_dict(tensors)
+    layers = {key.removeprefix("transformer.").partition(".lora_")[0].removesuffix(".weight") for key in converted}
+    assert len(layers) > 500 and "x_embedder" in layers
+    assert layers <= {name for name, _ in transformer.named_modules()}
