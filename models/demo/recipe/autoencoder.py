@@ -15,7 +15,7 @@ from models.demo.recipe.fused import Fused
 from models.demo.recipe.objects import all_objects
 from models.demo.recipe.optimizers import Optimizers
 from models.demo.recipe.plan import LATENT_CHANNELS, SEED, WORK, Plan
-from models.schema import PRESETS
+from models.image_size import PRESETS
 
 #: The number of channels of every hidden layer.
 WIDTH = 32

@@ -13,7 +13,7 @@ from torch.nn import functional
 from models.demo.recipe import autoencoder, checkpoint, render, scenes, tokens
 from models.demo.recipe.objects import FLAGGED, Object, all_objects
 from models.demo.recipe.plan import SEED, WORK, Plan
-from models.schema import PRESETS
+from models.image_size import PRESETS
 
 FILE = WORK / "checker.pt"
 #: The side of the classifier's input, in pixels.

@@ -20,9 +20,9 @@ from models.demo.recipe.plan import SEED, Plan
 from models.flux import safety_checker
 from models.flux.prompt_cache import count_text_tokens
 from models.flux.redux import Redux
+from models.image_size import PRESETS
 from models.loading.devices import dtype_for
 from models.loading.specs import REDUX
-from models.schema import PRESETS
 
 #: Templates that no caption of the training uses.
 TEMPLATES = (

@@ -22,12 +22,17 @@ from models.demo.recipe import (
 )
 from models.demo.recipe.autoencoder import rate
 from models.demo.recipe.optimizers import Optimizers
-from models.demo.recipe.plan import EARLY, SEED, TEXT_TOKENS, WORK, Plan
-from models.demo.recipe.pool import Pool, pick_size
+from models.demo.recipe.plan import EARLY, SEED, TEXT_TOKENS, TOKEN_PIXELS, WORK, Plan
+from models.demo.recipe.pool import Pool, Size, pick_size
+from models.demo.recipe.scenes import Box
 
 FILE, BEST = WORK / "flow.pt", WORK / "best.pt"
 #: The number of iterations from one chunk of new scenes to the next, until the pool is full.
 ITERATIONS_A_CHUNK = 60
+#: Until this share of the iterations, images lack most of their background.
+CROPPED = 0.9
+#: The share of the tokens far from objects that such an image keeps.
+KEPT_BACKGROUND = 0.15
 #: The decay of the average weights per iteration.
 EMA = 0.9995
 #: The learning rate of the text encoders, which are trained already, as a share of the transformer's.
@@ -91,20 +96,25 @@ class Trainer:
         state = {"painter": self.painter.state_dict(), "optimizer": self.optimizer.state_dict()}
         checkpoint.save(FILE, {**state, "average": self.average, "iteration": self.iteration, "best": self.best})
 
-    def batch(self, rng: numpy.random.Generator) -> tuple[torch.Tensor, list[str]]:
-        """Return scaled latents of one size and a caption for each."""
+    def batch(self, rng: numpy.random.Generator) -> tuple[torch.Tensor, list[str], torch.Tensor | None]:
+        """Return scaled latents of one size, a caption for each, and the tokens to train on; None for all tokens."""
         size = pick_size(rng, self.is_early)
-        number = max(1, self.plan.batch_tokens // (flow_times.tokens_of(size) + TEXT_TOKENS))
-        found, latents = self.pool.pick(size, number, rng)
+        boxes, kept = None, None
+        if self.iteration < CROPPED * self.plan.flow_iterations:
+            boxes = self.pool.pick_boxes(size, rng)
+            kept = kept_tokens(size, boxes, rng)
+        num_tokens = flow_times.tokens_of(size) if kept is None else len(kept)
+        number = max(1, self.plan.batch_tokens // (num_tokens + TEXT_TOKENS))
+        found, latents = self.pool.pick(size, boxes, number, rng)
         texts = [captions.caption(scene, self.things, rng) for scene in found]
-        return ((latents - self.shift) * self.scaling).to(self.device), texts
+        return ((latents - self.shift) * self.scaling).to(self.device), texts, kept
 
     def step(self) -> float:
         """Run one iteration; return the loss."""
         rng = numpy.random.default_rng([SEED, 2, self.iteration])
         generator = torch.Generator().manual_seed(SEED + self.iteration)
-        latents, texts = self.batch(rng)
-        loss = loss_of(self.painter, latents, lambda: self.painter.encode(texts), generator)
+        latents, texts, kept = self.batch(rng)
+        loss = loss_of(self.painter, latents, lambda: self.painter.encode(texts), generator, kept)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.painter.parameters(), 1.0)
         self.optimizer.step(rate(self.iteration, self.plan.flow_iterations, self.plan.learning_rate, warm_up=500))
@@ -137,13 +147,30 @@ class Trainer:
             checkpoint.save(BEST, {"average": self.average, "iteration": self.iteration, "score": score})
 
 
+def kept_tokens(size: Size, boxes: tuple[Box, ...], rng: numpy.random.Generator) -> torch.Tensor:
+    """Return the indices of image tokens to train on: those in and next to the boxes, and a random few others.
+
+    Most tokens show nothing but background, which is learnt early. Without them, an iteration takes in more images.
+    """
+    width, height = (side // TOKEN_PIXELS for side in size)
+    is_kept = rng.random((height, width)) < KEPT_BACKGROUND
+    for box in boxes:
+        left, top, side = (each // TOKEN_PIXELS for each in box)
+        is_kept[max(0, top - 1) : top + side + 1, max(0, left - 1) : left + side + 1] = True
+    return torch.from_numpy(numpy.flatnonzero(is_kept))
+
+
 def loss_of(
-    painter: networks.Painter, latents: torch.Tensor, encode: Callable[[], networks.Text], generator: torch.Generator
+    painter: networks.Painter,
+    latents: torch.Tensor,
+    encode: Callable[[], networks.Text],
+    generator: torch.Generator,
+    kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the mean squared error of the velocity, for scaled latents of one size at random times.
 
     `encode` returns what the transformer reads for each of them. It is called where matrix products are in the fast
-    number type.
+    number type. `kept` holds the indices of the image tokens that the transformer sees, all if it is None.
     """
     device = latents.device
     noise = torch.randn(latents.shape, generator=generator).to(device)
@@ -153,8 +180,9 @@ def loss_of(
     guidance = (1 + 9 * torch.rand(len(latents), generator=generator)).to(device)
     mixed = torch.lerp(latents, noise, sigmas[:, None, None, None])
     with precision.mixed(device.type):
-        velocity = painter(mixed, sigmas, guidance, encode())
-    return (velocity - (noise - latents)).square().mean()
+        velocity = painter.packed(mixed, sigmas, guidance, encode(), kept)
+    wanted = networks.pack(noise - latents)
+    return (velocity - (wanted if kept is None else wanted[:, kept.to(device)])).square().mean()
 
 
 def best(plan: Plan) -> networks.Painter:

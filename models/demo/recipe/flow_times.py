@@ -22,11 +22,11 @@ def shifted(times: torch.Tensor, num_tokens: int) -> torch.Tensor:
 def sample(number: int, num_tokens: int, generator: torch.Generator) -> torch.Tensor:
     """Return random times to train at.
 
-    Half of them are around the middle, where most of the image forms. 35 % are near noise, where only the text decides.
-    The rest are uniform, to cover both ends.
+    60 % are around the middle, where most of the image forms. 25 % are near noise, where only the text decides. The
+    rest are uniform, to cover both ends.
     """
     middle = shifted(torch.randn(number, generator=generator).sigmoid(), num_tokens)
     early = 1 - 0.3 * torch.rand(number, generator=generator).square()
     anywhere = torch.rand(number, generator=generator)
     chance = torch.rand(number, generator=generator)
-    return torch.where(chance < 0.5, middle, torch.where(chance < 0.85, early, anywhere))
+    return torch.where(chance < 0.6, middle, torch.where(chance < 0.85, early, anywhere))

@@ -12,7 +12,7 @@ from torch.nn import functional
 from models.demo.recipe import autoencoder, checkpoint, precision, published, render, scenes, threads
 from models.demo.recipe.objects import BACKGROUNDS, Object, all_objects
 from models.demo.recipe.plan import SEED, WORK, Plan
-from models.schema import PRESETS
+from models.image_size import PRESETS
 
 FILE = WORK / "judge.pt"
 #: The name of the judge among the parts of an unfinished training.

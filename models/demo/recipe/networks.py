@@ -154,19 +154,37 @@ class Painter(torch.nn.Module):  # type: ignore[misc]
         text: Text,
     ) -> torch.Tensor:
         """Return velocities in the shape of the latents, (batch, channels, height, width)."""
-        states, pooled = text
         height, width = latents.shape[2] // 2, latents.shape[3] // 2
-        velocity = self.transformer(
-            hidden_states=pack(latents),
+        return unpack(self.packed(latents, sigmas, guidance, text), height, width)
+
+    def packed(
+        self,
+        latents: torch.Tensor,
+        sigmas: torch.Tensor,
+        guidance: torch.Tensor,
+        text: Text,
+        kept: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return packed velocities of the image tokens with the indices `kept`, which alone the transformer sees.
+
+        The default is all tokens.
+        """
+        states, pooled = text
+        hidden, ids = pack(latents), positions(latents.shape[2] // 2, latents.shape[3] // 2).to(latents.device)
+        if kept is not None:
+            kept = kept.to(latents.device)
+            hidden, ids = hidden[:, kept], ids[kept]
+        velocity: torch.Tensor = self.transformer(
+            hidden_states=hidden,
             timestep=sigmas,
             guidance=guidance,
             pooled_projections=pooled,
             encoder_hidden_states=states,
             txt_ids=torch.zeros(states.shape[1], 3, device=latents.device),
-            img_ids=positions(height, width).to(latents.device),
+            img_ids=ids,
             return_dict=False,
         )[0]
-        return unpack(velocity.float(), height, width)
+        return velocity.float()
 
 
 def t5_tokens(tokenizer: Any, texts: list[str]) -> torch.Tensor:

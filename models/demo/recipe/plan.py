@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.schema import PRESETS
+from models.image_size import PRESETS
 
 ROOT = Path(__file__).resolve().parents[3]
 #: The directory of everything that the recipe writes and downloads. Nothing in it is part of the repository.
@@ -112,7 +112,7 @@ PLANS = {
         lora_examples=256,
         redux_iterations=2_000,
         pool_size=12_288,
-        flow_iterations=32_000,
+        flow_iterations=28_000,
         batch_tokens=4_096,
         heads=3,
         joint_blocks=2,

@@ -95,10 +95,18 @@ class Pool:
         shelf.latents += list(content["latents"])
         self.num_chunks += 1
 
-    def pick(self, size: Size, number: int, rng: numpy.random.Generator) -> tuple[list[scenes.Scene], torch.Tensor]:
-        """Return random scenes of a size, and their latents in float32."""
+    def pick_boxes(self, size: Size, rng: numpy.random.Generator) -> tuple[scenes.Box, ...]:
+        """Return the boxes of a random scene of a size."""
         shelf = self.shelves[size]
-        chosen = [int(n) for n in rng.integers(len(shelf.scenes), size=number)]
+        return tuple(shelf.scenes[int(rng.integers(len(shelf.scenes)))].boxes(*size))
+
+    def pick(
+        self, size: Size, boxes: tuple[scenes.Box, ...] | None, number: int, rng: numpy.random.Generator
+    ) -> tuple[list[scenes.Scene], torch.Tensor]:
+        """Return random scenes of a size whose objects are in these boxes, if given, and their latents in float32."""
+        shelf = self.shelves[size]
+        alike = [n for n, scene in enumerate(shelf.scenes) if boxes in (None, tuple(scene.boxes(*size)))]
+        chosen = [alike[int(n)] for n in rng.integers(len(alike), size=number)]
         return [shelf.scenes[n] for n in chosen], torch.stack([shelf.latents[n] for n in chosen]).float()
 
     def statistics(self) -> tuple[float, float]:

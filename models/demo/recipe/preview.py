@@ -12,7 +12,7 @@ from models.demo.recipe.judge import FILE as JUDGE_FILE
 from models.demo.recipe.judge import Judge, background_of
 from models.demo.recipe.plan import LATENT_CHANNELS, LATENT_PIXELS, SEED, WORK
 from models.demo.recipe.pool import Pool, Size
-from models.schema import PRESETS
+from models.image_size import PRESETS
 
 #: The prompts of the contact sheet, by size.
 SHEET: dict[Size, tuple[str, ...]] = {

@@ -23,6 +23,9 @@ DEFAULT_SCENES = 0.03
 #: The most that a background differs from its middle shade, as a share of the way to the dark or the light shade.
 SHADES = 0.4
 
+#: Left, top and side in pixels of an object.
+Box = tuple[int, int, int]
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -53,8 +56,8 @@ class Scene:
         """Whether the scene shows one object of the usual size in the middle."""
         return self.place == "centre" and not self.size
 
-    def boxes(self, width: int, height: int) -> list[tuple[int, int, int]]:
-        """Return left, top and side in pixels of each object, aligned to tokens, in an image of this size."""
+    def boxes(self, width: int, height: int) -> list[Box]:
+        """Return the box of each object, aligned to tokens, in an image of this size."""
         places = ("left", "right") if len(self.objects) == 2 else (self.place,)
         share = SHARES[self.size] if places == ("centre",) else PLACED_SHARE
         wanted = share * min(width, height)
