@@ -17,8 +17,11 @@ from pytest_httpserver import HTTPServer
 from safetensors.numpy import save
 from werkzeug import Request, Response
 
+from models.flux_control_lora import FluxControlLoraCannyInput, FluxControlLoraDepthImageToImageInput
+from models.flux_fill import FluxLoraFillInput
+from models.flux_kontext import FluxKontextLoraInpaintInput
 from models.flux_lora import FluxLoraImageToImageInput, FluxLoraInpaintingInput
-from models.schema import EXAMPLE_IMAGE
+from models.schema import EXAMPLE_IMAGE, EXAMPLE_MASK, ImageInput
 from server.errors import InternalError, InvalidInput
 from server.inputs import child_process, images
 from server.inputs.resolver import dump_input
@@ -424,6 +427,32 @@ def test_hostile_masks_are_rejected(components: Components, name: str) -> None:
         resolve_mask(components, data_uri(content))
     (entry,) = rejected.value.detail
     assert (entry["loc"], entry["type"]) == (["body", "mask_url"], error_type)
+
+
+#: A request for each other field with an image, without that field, and the path of the field.
+OTHER_FIELDS: list[tuple[type[ImageInput], tuple[str, ...]]] = [
+    (FluxControlLoraCannyInput, ("control_lora_image_url",)),
+    (FluxControlLoraDepthImageToImageInput, ("control_lora_image_url",)),
+    (FluxKontextLoraInpaintInput, ("reference_image_url",)),
+    (FluxLoraFillInput, ("fill_image", "fill_image_url")),
+]
+
+
+@pytest.mark.parametrize("name", ["bomb", "truncated png", "two million chunks"])
+@pytest.mark.parametrize(("kind", "path"), OTHER_FIELDS)
+def test_hostile_images_in_other_fields_are_rejected(
+    components: Components, kind: type[ImageInput], path: tuple[str, ...], name: str
+) -> None:
+    content, error_type = REFUSED[name]
+    field: Any = data_uri(content)
+    for part in reversed(path):
+        field = {part: field}
+    known = {"prompt": "x", "image_url": EXAMPLE_IMAGE, "mask_url": EXAMPLE_MASK}
+    request = kind.model_validate({**known, **field})
+    with pytest.raises(InvalidInput) as rejected:
+        asyncio.run(components.inputs.resolve(request, "me"))
+    (entry,) = rejected.value.detail
+    assert (entry["loc"], entry["type"]) == (["body", *path], error_type)
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
