@@ -1,6 +1,6 @@
 """The contract between the server and a model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +30,21 @@ def _ignore(loading: LoadProgress) -> None:
 
 
 @dataclass(frozen=True)
+class ExtraWeights:
+    """The additional weights that an endpoint needs.
+
+    Attributes:
+        directory: the subdirectory that holds them, if the endpoint's own weights are a local directory.
+        hub_id: their hub id, if the endpoint's own weights come from the hub.
+        is_lora: whether they are a LoRA, a single safetensors file without a configuration.
+    """
+
+    directory: str
+    hub_id: str
+    is_lora: bool = False
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """The operator's settings for loading and running a model.
 
@@ -43,6 +58,7 @@ class EngineConfig:
         max_acceleration: the highest acceleration tier to offer; a request for a higher tier runs at most at this tier.
         is_eager: whether to compile nothing and run the same kernels as diffusers' pipeline.
         compile_cache: the directory for compiled code; None for PyTorch's default.
+        extra_weights: the additional weights that the engine's endpoints need.
         report: called with the progress before each component that has weights is loaded.
     """
 
@@ -54,22 +70,8 @@ class EngineConfig:
     max_acceleration: str = "high"
     is_eager: bool = False
     compile_cache: Path | None = None
+    extra_weights: Collection[ExtraWeights] = ()
     report: Callable[[LoadProgress], None] = _ignore
-
-
-@dataclass(frozen=True)
-class ExtraWeights:
-    """The additional weights that an endpoint needs.
-
-    Attributes:
-        directory: the subdirectory that holds them, if the endpoint's own weights are a local directory.
-        hub_id: their hub id, if the endpoint's own weights come from the hub.
-        is_lora: whether they are a LoRA, a single safetensors file without a configuration.
-    """
-
-    directory: str
-    hub_id: str
-    is_lora: bool = False
 
 
 @dataclass(frozen=True)

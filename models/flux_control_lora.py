@@ -43,7 +43,7 @@ OptionalControlLoraImageURL = Annotated[
     InputURL("image"),
     Field(
         description="The URL of the control image, whose composition to follow: an http or https URL, or a data URI. "
-        "Without it, the prompt alone decides.",
+        "Without it, no control image is followed.",
         examples=[EXAMPLE_IMAGE],
     ),
 ]

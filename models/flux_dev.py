@@ -140,6 +140,7 @@ class FluxDev:
             "strength",
             "resolution_mode",
             "control_lora_strength",
+            "preprocess_depth",
         )
         parameters = {name: getattr(request, name) for name in names if name in fields}
         scales = {"lora_scales": [lora.scale for lora in request.loras]} if "loras" in fields else {}

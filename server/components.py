@@ -103,7 +103,7 @@ def build(settings: Settings) -> Components:
         backend = head = ClusterHead(settings, queue, files, RayCluster(settings, inputs.cache.path), notifier, metrics)
         queue.on_cancel = head.cancel
     else:
-        configs, input_path = engine_configs(settings, weights_by_endpoint), inputs.cache.path
+        configs, input_path = engine_configs(settings, weights_by_endpoint, models), inputs.cache.path
         backend = Worker(settings, models, configs, queue, files, input_path, notifier, metrics, crash_recorder)
     database.on_corruption = backend.fail
     _add_gauges(metrics, database, settings, backend)
@@ -204,7 +204,8 @@ def _inputs(settings: Settings, pending: PendingStorage, files: FileStore) -> In
 
 
 def _required_weights(model: Model) -> str:
-    return " with ".join([" or ".join(model.weights), *(extra.hub_id for extra in model.extra_weights)])
+    extra = " and ".join(weights.hub_id for weights in model.extra_weights)
+    return " or ".join(model.weights) + (f" with {extra}" if extra else "")
 
 
 def _keys(settings: Settings, database: Database) -> Keys:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from models.flux import first_block_cache
+from models.flux.prompt_cache import PromptEmbeds
 from models.flux.sample import Sample
 from models.flux.task import FluxTask
 
@@ -34,10 +35,20 @@ def select_batch(due: Sequence[tuple[FluxTask, Sequence[Sample]]]) -> list[Batch
 
 
 def predict_velocities(transformer: Any, samples: Sequence[Sample]) -> Sequence[torch.Tensor]:
-    """Run one forward for samples with equal keys; return a velocity for each, in the shape of its latents.
+    """Predict a velocity for each of several samples with equal keys, in the shape of its latents.
 
-    A sample with a first-block cache must be alone.
+    They share one forward, and a second one for the negative prompts of real guidance. A sample with a first-block
+    cache must be alone.
     """
+    velocities = _forward(transformer, samples, [sample.text for sample in samples])
+    guides = [sample.real_cfg for sample in samples if sample.real_cfg]
+    if not guides:
+        return velocities
+    negatives = _forward(transformer, samples, [guide.text for guide in guides])
+    return [guide.guide(*pair) for guide, *pair in zip(guides, velocities, negatives, strict=True)]
+
+
+def _forward(transformer: Any, samples: Sequence[Sample], texts: Sequence[PromptEmbeds]) -> Sequence[torch.Tensor]:
     first = samples[0]
     num_tokens = first.latents.shape[1]
     timesteps = torch.stack([sample.timestep for sample in samples])
@@ -46,9 +57,9 @@ def predict_velocities(transformer: Any, samples: Sequence[Sample]) -> Sequence[
         "hidden_states": _concatenate([_seen(sample) for sample in samples]),
         "timestep": timesteps.to(first.latents.dtype) / 1000,
         "guidance": None if first.guidance is None else _concatenate(guidance),
-        "pooled_projections": _concatenate([sample.text.pooled_prompt_embeds for sample in samples]),
-        "encoder_hidden_states": _concatenate([sample.text.prompt_embeds for sample in samples]),
-        "txt_ids": first.text.ids,
+        "pooled_projections": _concatenate([text.pooled_prompt_embeds for text in texts]),
+        "encoder_hidden_states": _concatenate([text.prompt_embeds for text in texts]),
+        "txt_ids": texts[0].ids,
         "img_ids": torch.cat([first.latent_ids, first.reference.ids]) if first.reference else first.latent_ids,
     }
     if first.cache is not None:

@@ -18,7 +18,7 @@ from models.base import (
     GenerationFailed,
     GenerationTask,
 )
-from models.flux import acceleration, batch, control, fill, input_images, kontext
+from models.flux import acceleration, batch, control, fill, input_images, kontext, real_cfg
 from models.flux.acceleration import Tier
 from models.flux.attempts import Attempts
 from models.flux.batch import BatchItem
@@ -28,9 +28,10 @@ from models.flux.device import Device, summary
 from models.flux.first_block_cache import FirstBlockCache
 from models.flux.flops import step_flops
 from models.flux.input_images import InputImages
-from models.flux.loras import LoraAdapter, LoraManager
+from models.flux.loras import LoraManager, adapters_of
 from models.flux.preview import Preview
 from models.flux.prompt_cache import FLUX_TEXT_TOKENS, PromptCache, count_text_tokens
+from models.flux.real_cfg import RealCfg
 from models.flux.redux import Redux
 from models.flux.safety_checker import Checker
 from models.flux.sample import Sample, begin, unpacked
@@ -69,7 +70,7 @@ class FluxEngine:
         self.loras = LoraManager(pipeline) if plan.is_resident else None
         self.redux = redux
         self.depth_estimator = depth_estimator
-        #: The files of the control LoRAs, by what of the control image they follow: "canny" or "depth".
+        #: The files of the server's control LoRAs, by name: "canny" or "depth".
         self.control_loras = control_loras
         self.previews = Preview(pipeline.vae)
         self.decoder = Decoder(pipeline, self.device)
@@ -163,12 +164,15 @@ class FluxEngine:
             has_depth=self.depth_estimator is not None,
             control_loras=self.control_loras,
         )
-        loras = self._loras_of(request, inputs, images)
+        loras = adapters_of(request, inputs, images.control_lora, self.control_loras)
+        if loras and self.loras is None:
+            raise GenerationFailed("LoRA weights do not work with this server's memory plan; use --memory resident.")
         offered = acceleration.uncompiled_tiers(self.tiers) if loras else self.tiers
         tier = acceleration.best_ready(offered, getattr(request, "acceleration", "none"))
         sides = input_images.requested_size(request, images, self.multiple)
         width, height = (max(self.multiple, side // self.multiple * self.multiple) for side in sides)
-        work, dtype = self._step_work(width, height, images), devices.type_name(self.pipeline.transformer.dtype)
+        work = self._step_work(width, height, images) * (2 if real_cfg.is_used(request) else 1)
+        dtype = devices.type_name(self.pipeline.transformer.dtype)
         return FluxTask(request, seed, width, height, tier, work, dtype, images, loras)
 
     @torch.no_grad()
@@ -201,7 +205,7 @@ class FluxEngine:
         """Decode the next image. Raises NonFiniteOutput, or DeviceLost after several such images."""
         assert isinstance(task, FluxTask)
         sample = task.samples[len(task.images)]
-        image = self.decoder.decode(sample, task.description, has_loras=bool(task.loras))
+        image = self.decoder.decode(sample, task.description, has_loras=any(lora.loc for lora in task.loras))
         task.images.append(fill.finish(image, task.request, task.inputs))
         sample.free()
 
@@ -209,19 +213,6 @@ class FluxEngine:
         """Return for each image whether it is unsafe. Raises GenerationFailed if the check fails."""
         check = partial(self._check_safety, images)
         return self.device.retry_on_oom("the safety check of an image", check, check)
-
-    def _loras_of(self, request: Any, inputs: Mapping[str, Path], images: InputImages) -> tuple[LoraAdapter, ...]:
-        """Return the LoRAs of a request, first its control LoRA. Raises GenerationFailed if the plan allows none."""
-        loras = [
-            LoraAdapter(inputs[f"loras.{place}.path"], lora.scale)
-            for place, lora in enumerate(getattr(request, "loras", ()))
-        ]
-        if images.control_lora:
-            file = self.control_loras[images.control_lora]
-            loras.insert(0, LoraAdapter(file, request.control_lora_strength, is_control=True))
-        if loras and self.loras is None:
-            raise GenerationFailed("LoRA weights do not work with this server's memory plan; use --memory resident.")
-        return tuple(loras)
 
     # -- one step
 
@@ -248,7 +239,8 @@ class FluxEngine:
     ) -> tuple[list[BatchItem], Sequence[torch.Tensor]]:
         """Run the next forward, of at most `limit` samples; return its samples with their tasks, and the velocities."""
         members = self._select_batch(task, [other for other in others if isinstance(other, FluxTask)])[:limit]
-        size = (task.tier.name, bool(task.loras), members[0][1].num_tokens)
+        first = members[0][1]
+        size = (task.tier.name, bool(task.loras), first.num_tokens, first.real_cfg is not None)
         members = members[: self.sharing.number(size, len(members))]
         transformer = self._pipeline_of(task).transformer if task.loras else task.tier.transformer
         with self.sharing.timed(size, len(members)):
@@ -287,7 +279,11 @@ class FluxEngine:
         size = (task.width, task.height)
         task.inputs = control.prepare(task.inputs, size, self.depth_estimator)
         sample = begin(self.pipeline, self.device.name, text, task.request, size, seed, task.inputs)
-        sample.cache = FirstBlockCache() if task.tier.skips_blocks else None
+        if real_cfg.is_used(task.request):
+            negative = self.prompts.encode(task.request.negative_prompt, self._pipeline_of(task), task.loras)
+            sample.real_cfg = RealCfg(negative, task.request.real_cfg_scale)
+        # With real guidance, the two forwards of a step would overwrite each other's first blocks.
+        sample.cache = FirstBlockCache() if task.tier.skips_blocks and not sample.real_cfg else None
         return sample
 
     def _pipeline_of(self, task: FluxTask) -> Any:

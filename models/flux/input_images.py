@@ -12,6 +12,9 @@ from models.base import GenerationFailed
 from models.flux import kontext
 from models.loading import specs
 
+#: The name of a control LoRA that the request brings.
+OWN = "own"
+
 
 @dataclass(frozen=True)
 class InputImages:
@@ -26,7 +29,8 @@ class InputImages:
         reference: the image that the transformer of Kontext looks at; None for none.
         control: the image that the transformer of Canny or Depth, or of [dev] with a control LoRA, follows; or None.
         control_by: what of `control` it follows, "canny" or "depth"; empty if `control` shows edges or depths already.
-        control_lora: the control LoRA for `control`, "canny" or "depth"; empty for the transformers of Canny and Depth.
+        control_lora: the control LoRA for `control`: "canny" or "depth" for one of the server's, "own" for that of the
+            request, and empty for the transformers of Canny and Depth.
     """
 
     start: Image | None = None
@@ -53,7 +57,7 @@ class InputImages:
             raise GenerationFailed(f"An image cannot be a prompt, because {specs.REDUX.hub_id} is missing here.")
         if self.control_by == "depth" and not has_depth:
             raise GenerationFailed(f"Depths cannot be found, because {specs.DEPTH.hub_id} is missing here.")
-        if self.control_lora and self.control_lora not in control_loras:
+        if self.control_lora in specs.CONTROL_LORAS and self.control_lora not in control_loras:
             missing = specs.CONTROL_LORAS[self.control_lora].hub_id
             raise GenerationFailed(f"A control image cannot be followed, because {missing} is missing here.")
 
@@ -74,6 +78,9 @@ def read(request: Any, files: Mapping[str, Path]) -> InputImages:
     if control := _open(files.get("control_lora_image_url")):
         by = request.control_lora if getattr(request, "preprocess_depth", True) else ""
         return InputImages(start=image, control=control, control_by=by, control_lora=request.control_lora)
+    if control := _open(files.get("control_loras.0.control_image_url")):
+        by = request.control_loras[0].preprocess.removeprefix("None")
+        return InputImages(start=image, mask=mask, control=control, control_by=by, control_lora=OWN)
     return InputImages(start=image, mask=mask, reference=reference)
 
 

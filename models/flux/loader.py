@@ -108,7 +108,7 @@ def _assemble(
     """Build an engine on a loaded pipeline. Raises torch.OutOfMemoryError, DeviceLost and memory_plans.PlanFailed."""
     prior = specs.find_extra_weights(config.weights, specs.REDUX) if config.weights else None
     redux = Redux.load(prior, pipeline.transformer, device) if prior else None
-    estimator = _depth_estimator(config, device, pipeline)
+    estimator = _depth_estimator(config, device, pipeline, plan)
     checker = safety_checker.load(config)
     log_dtype(config, pipeline.transformer, device)
     attempts = Attempts(_attempts_directory(config, device))
@@ -121,21 +121,24 @@ def _assemble(
         plan=plan,
         redux=redux,
         depth_estimator=estimator,
-        control_loras=specs.find_control_loras(config.weights) if config.weights else {},
+        control_loras=specs.find_control_loras(config.weights, config.extra_weights) if config.weights else {},
         attempts=attempts,
     )
     warm_up_none(engine, config, failed)
     return engine
 
 
-def _depth_estimator(config: EngineConfig, device: str, pipeline: Any) -> DepthEstimator | None:
-    """Load the weights that find depths, if they are installed and requests can ask for depths."""
-    directory = specs.find_extra_weights(config.weights, specs.DEPTH) if config.weights else None
-    if config.weights is None or directory is None:
+def _depth_estimator(
+    config: EngineConfig, device: str, pipeline: Any, plan: memory_plans.Plan
+) -> DepthEstimator | None:
+    """Load the weights that find depths, if an endpoint needs them and can run with this memory plan."""
+    if config.weights is None or specs.DEPTH not in config.extra_weights:
         return None
-    if conditioning.kind_of(pipeline) != "control" and "depth" not in specs.find_control_loras(config.weights):
+    # Plain weights need depths for a control LoRA only.
+    if conditioning.kind_of(pipeline) == "plain" and not plan.is_resident:
         return None
-    return DepthEstimator.load(directory, device, pipeline.transformer.dtype)
+    directory = specs.find_extra_weights(config.weights, specs.DEPTH)
+    return DepthEstimator.load(directory, device, pipeline.transformer.dtype) if directory else None
 
 
 def warm_up_none(engine: FluxEngine, config: EngineConfig, failed: Mapping[str, str]) -> None:

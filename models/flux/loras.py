@@ -1,9 +1,10 @@
 """LoRA weights, loaded into clones of the pipeline. The clones share the base weights, which never change."""
 
+import logging
 import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +13,36 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
 from models.base import GenerationFailed, IncompatibleInput
+from models.flux import lora_check
 from models.flux.compilation import clone_sharing_weights
+from models.flux.input_images import OWN
+
+log = logging.getLogger(__name__)
 
 #: The maximum bytes of LoRAs kept on the device; the least recently used are unloaded first. A LoRA of rank 16 takes
 #: some 40 MB for FLUX.1. The LoRAs of a single task may exceed the limit while the task runs.
 CACHE_BYTES = 2_000_000_000
-#: The layers whose weights a control LoRA replaces, by a part of their names.
-_REPLACED = ("x_embedder", ".norm_q", ".norm_k", ".norm_added_q", ".norm_added_k")
-#: The endings of a layer's two keys, after diffusers has converted the keys of the file to its own names.
-_MATRICES = (".lora_A.weight", ".lora_B.weight")
 
 
 @dataclass(frozen=True)
 class LoraAdapter:
     """LoRA weights in a safetensors file, and their scale.
 
-    A control LoRA is the operator's. With it, the transformer takes the latents of a control image next to its own. All
-    other LoRAs are in content-addressed files.
+    With a control LoRA, the transformer takes the latents of a control image next to its own. The server's own control
+    LoRAs have a name in `specs.CONTROL_LORAS` and no `loc`. All other LoRAs are in content-addressed files, and `loc`
+    is the path of the field that names them in the request.
     """
 
     path: Path
     scale: float
     is_control: bool = False
+    own_name: str = ""
+    loc: tuple[str | int, ...] | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
         """The adapter's name in peft, without dots, which the names of modules cannot contain."""
-        return self.path.stem.replace(".", "_")
+        return self.own_name or self.path.stem.replace(".", "_")
 
     @property
     def num_bytes(self) -> int:
@@ -46,8 +50,28 @@ class LoraAdapter:
         return self.path.stat().st_size
 
 
+def adapters_of(
+    request: Any, inputs: Mapping[str, Path], control_lora: str, control_loras: Mapping[str, Path]
+) -> tuple[LoraAdapter, ...]:
+    """Return the LoRAs of a request, first its control LoRA.
+
+    `inputs` are the files of the request's fields. `control_lora` is that of its input images, and `control_loras` are
+    the files of the server's.
+    """
+    loras = []
+    if control_lora == OWN:
+        loc = ("control_loras", 0, "path")
+        loras.append(LoraAdapter(inputs["control_loras.0.path"], request.control_loras[0].scale, True, loc=loc))
+    elif control_lora:
+        file, strength = control_loras[control_lora], request.control_lora_strength
+        loras.append(LoraAdapter(file, strength, True, control_lora))
+    for place, lora in enumerate(getattr(request, "loras", ())):
+        loras.append(LoraAdapter(inputs[f"loras.{place}.path"], lora.scale, loc=("loras", place, "path")))
+    return tuple(loras)
+
+
 @dataclass
-class _Twin:
+class _Clone:
     """A clone of the pipeline, with the LoRAs that are active in it."""
 
     pipeline: Any
@@ -65,8 +89,8 @@ class LoraManager:
         self._base = pipeline
         self._kept_bytes = kept_bytes
         #: By the name of the control LoRA; "" for none.
-        self._twins: dict[str, _Twin] = {}
-        #: The bytes of each LoRA, by the name of its twin and its own name.
+        self._clones: dict[str, _Clone] = {}
+        #: The bytes of each LoRA, by the name of its clone and its own name.
         self._loaded: OrderedDict[tuple[str, str], int] = OrderedDict()
 
     @property
@@ -75,59 +99,58 @@ class LoraManager:
         return [name for _, name in self._loaded]
 
     def activate(self, loras: tuple[LoraAdapter, ...]) -> Any:
-        """Load missing LoRAs; return a pipeline with exactly `loras` active, of which only the first may be a control.
+        """Load missing LoRAs; return a pipeline with exactly `loras` active. Only the first may be a control LoRA.
 
-        Raises IncompatibleInput.
+        Raises IncompatibleInput, and GenerationFailed for a LoRA of the server's.
         """
-        key = _twin_of(loras)
-        if key not in self._twins:
-            self._twins[key] = self._build(is_control=bool(key))
-        twin = self._twins[key]
-        if loras != twin.active:
-            # The number of a LoRA in the request, which does not name the control LoRA.
-            first = -1 if key else 0
-            for place, lora in enumerate(loras, first):
+        key = _clone_of(loras)
+        if key not in self._clones:
+            self._clones[key] = self._build(is_control=bool(key))
+        clone = self._clones[key]
+        if loras != clone.active:
+            for lora in loras:
                 if (key, lora.name) in self._loaded:
                     self._loaded.move_to_end((key, lora.name))
                 else:
-                    self._load(lora, key, place, _keys(loras))
+                    self._load(lora, key, _keys(loras))
             scales = _scales(loras)
-            twin.pipeline.set_adapters(list(scales), list(scales.values()))
-            twin.active = loras
-        return twin.pipeline
+            clone.pipeline.set_adapters(list(scales), list(scales.values()))
+            clone.active = loras
+        return clone.pipeline
 
     def unload_idle(self, loras: tuple[LoraAdapter, ...]) -> None:
         """Unload all LoRAs but these, to free memory."""
-        self._make_room(_keys(loras), self._kept_bytes)
+        for key, name in [each for each in self._loaded if each not in _keys(loras)]:
+            self._unload(key, name)
 
-    def _build(self, *, is_control: bool) -> _Twin:
+    def _build(self, *, is_control: bool) -> _Clone:
         parts = dict(self._base.components)
         for name in ("transformer", "text_encoder"):
             parts[name] = clone_sharing_weights(parts[name])
         if is_control:
             for name, module in parts["transformer"].named_modules():
-                if any(part in f".{name}" for part in _REPLACED):
+                if name.rpartition(".")[2] in (*lora_check.NORMS, lora_check.WIDENED):
                     for key, weight in module.named_parameters(recurse=False):
                         setattr(module, key, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
         pipeline = FluxPipeline(**parts)
         pipeline.set_progress_bar_config(disable=True)
-        return _Twin(pipeline)
+        return _Clone(pipeline)
 
-    def _load(self, lora: LoraAdapter, key: str, place: int, wanted: Collection[tuple[str, str]]) -> None:
-        twin = self._twins[key]
+    def _load(self, lora: LoraAdapter, key: str, wanted: Collection[tuple[str, str]]) -> None:
+        clone = self._clones[key]
         try:
-            num_bytes = lora.num_bytes
+            # The memory plan has room for the server's own LoRAs.
+            num_bytes = lora.num_bytes if lora.loc else 0
             self._make_room(wanted, num_bytes)
             # Load only the tensors: with the header's metadata, the file could change how peft sets up its layers.
             tensors = load_file(lora.path)
-            if not lora.is_control:
-                _check(twin.pipeline, tensors)
+            lora_check.check(clone.pipeline, tensors, is_control=lora.is_control)
             with warnings.catch_warnings():
                 # peft warns of a second adapter, but several adapters are intended here.
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")
-                twin.pipeline.load_lora_weights(tensors, adapter_name=lora.name)
+                clone.pipeline.load_lora_weights(tensors, adapter_name=lora.name)
             # diffusers skips layers that the model does not have, without an error even if it skips all.
-            if lora.name not in _known(twin):
+            if lora.name not in _known(clone):
                 raise ValueError("none of their layers is in this model; use a LoRA that was trained on this model")
         except BaseException as error:
             # A partly loaded adapter would change the next image.
@@ -135,60 +158,50 @@ class LoraManager:
             # Errors of the device are not the file's fault; `Device.classify_errors` translates them.
             if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or not isinstance(error, Exception):
                 raise
-            if lora.is_control:
+            if lora.loc is None:
+                log.exception("the control LoRA %s cannot be loaded", lora.path)
                 raise GenerationFailed(
-                    f"The server's control LoRA does not fit its weights: {_brief(error)}"
+                    f"The server's control LoRA for {lora.name} cannot be loaded; its log says why."
                 ) from error
-            message = f"These LoRA weights do not fit this model: {_brief(error)}"
-            raise IncompatibleInput(("loras", place, "path"), message) from error
+            raise IncompatibleInput(lora.loc, f"These LoRA weights do not fit this model: {_brief(error)}") from error
         self._loaded[key, lora.name] = num_bytes
 
     def _make_room(self, wanted: Collection[tuple[str, str]], num_bytes: int) -> None:
-        for key, name in [each for each in self._loaded if each not in wanted]:
+        for key, name in [each for each, size in self._loaded.items() if size and each not in wanted]:
             if sum(self._loaded.values()) + num_bytes <= self._kept_bytes:
                 return
             self._unload(key, name)
 
     def _unload(self, key: str, name: str) -> None:
+        if key not in self._clones:
+            # The clone went with its control LoRA.
+            return
+        if name == key:
+            # The base weights that the control LoRA has replaced go with it.
+            del self._clones[key]
+            self._loaded = OrderedDict((each, size) for each, size in self._loaded.items() if each[0] != key)
+            return
         self._loaded.pop((key, name), None)
-        twin = self._twins[key]
-        if name in _known(twin):
+        clone = self._clones[key]
+        if name in _known(clone):
             with warnings.catch_warnings():
                 # peft warns of deleting an active adapter, but `activate` sets the active adapters again.
                 warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")
-                twin.pipeline.delete_adapters(name)
-        twin.active = ()
+                clone.pipeline.delete_adapters(name)
+        clone.active = ()
 
 
-def _twin_of(loras: Sequence[LoraAdapter]) -> str:
+def _clone_of(loras: Sequence[LoraAdapter]) -> str:
     return loras[0].name if loras and loras[0].is_control else ""
 
 
 def _keys(loras: Sequence[LoraAdapter]) -> set[tuple[str, str]]:
-    return {(_twin_of(loras), lora.name) for lora in loras}
+    return {(_clone_of(loras), lora.name) for lora in loras}
 
 
-def _known(twin: _Twin) -> set[str]:
-    """The names of all adapters in any component of the pipeline."""
-    return {each for names in twin.pipeline.get_list_adapters().values() for each in names}
-
-
-def _check(pipeline: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Check that all tensors belong to a LoRA, and that each pair for the transformer fits a layer.
-
-    Other tensors could overwrite base weights. Raises ValueError.
-    """
-    if vectors := [key for key, tensor in tensors.items() if "alpha" in key and tensor.numel() != 1]:
-        raise ValueError(f"{vectors[0]} is not a single number")
-    # Pass a copy, because the conversion removes entries.
-    converted = pipeline.lora_state_dict(dict(tensors))
-    of_transformer = {key: weight for key, weight in converted.items() if key.startswith("transformer.")}
-    for key in converted:
-        if "lora_" not in key or (key in of_transformer and not key.endswith(_MATRICES)):
-            raise ValueError(f"{key} is not one of a LoRA's matrices; new base weights and biases are not supported")
-    for name in {key.rpartition(".lora_")[0] for key in of_transformer}:
-        pair = [of_transformer.get(name + extension) for extension in _MATRICES]
-        _check_pair(pipeline.transformer, name.removeprefix("transformer."), *pair)
+def _known(clone: _Clone) -> set[str]:
+    """Return the names of all adapters in any component of the pipeline."""
+    return {each for names in clone.pipeline.get_list_adapters().values() for each in names}
 
 
 def _scales(loras: Sequence[LoraAdapter]) -> dict[str, float]:
@@ -197,31 +210,6 @@ def _scales(loras: Sequence[LoraAdapter]) -> dict[str, float]:
     for lora in loras:
         scales[lora.name] = scales.get(lora.name, 0.0) + lora.scale
     return scales
-
-
-def _check_pair(transformer: Any, name: str, inner: torch.Tensor | None, outer: torch.Tensor | None) -> None:
-    """Check that the two matrices of the layer `name` fit each other and the layer. Raises ValueError."""
-    try:
-        layer = transformer.get_submodule(name)
-    except AttributeError:
-        layer = None
-    layer = getattr(layer, "base_layer", layer)
-    if not isinstance(layer, torch.nn.Linear):
-        raise ValueError(f"the model has no linear layer {name}")
-    if inner is None or outer is None:
-        raise ValueError(f"{name} has one matrix where a LoRA has two")
-    if not (inner.dim() == outer.dim() == 2 and inner.shape[0] == outer.shape[1]):
-        raise ValueError(
-            f"{name} has matrices of {list(inner.shape)} and {list(outer.shape)}, which do not form a pair"
-        )
-    # The transformers of Fill, Canny and Depth take more channels than that of [dev]; diffusers adds zeros for these.
-    is_narrower = name == "x_embedder" and inner.shape[1] < layer.in_features
-    if (layer.in_features if is_narrower else inner.shape[1], outer.shape[0]) != (
-        layer.in_features,
-        layer.out_features,
-    ):
-        actual, expected = f"{inner.shape[1]} to {outer.shape[0]}", f"{layer.in_features} to {layer.out_features}"
-        raise ValueError(f"{name} maps {actual} features, and the model expects {expected}")
 
 
 def _brief(error: Exception) -> str:

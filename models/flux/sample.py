@@ -16,6 +16,7 @@ from models.flux.inpainting import Inpainting, packed_mask
 from models.flux.input_images import InputImages
 from models.flux.kontext import Reference
 from models.flux.prompt_cache import PromptEmbeds
+from models.flux.real_cfg import RealCfg
 
 
 @dataclass
@@ -37,8 +38,10 @@ class Sample:
     reference: Reference | None = None
     #: Restores the unmasked part of the input image after each step; None without a mask.
     inpainting: Inpainting | None = None
+    #: The negative prompt, with real guidance; None without.
+    real_cfg: RealCfg | None = None
     step: int = 0
-    #: The transformer's output in the last step; None before the first.
+    #: The predicted velocity of the last step; None before the first.
     velocity: Any = None
     #: On a GPU, the event that marks the end of the last step.
     event: Any = None
@@ -51,9 +54,12 @@ class Sample:
 
     @property
     def key(self) -> tuple[int, ...]:
-        """The sizes of image, text and reference image: only samples with equal keys can share a forward."""
+        """The sizes of image, text and reference image, and the number of forwards a step.
+
+        Only samples with equal keys can share a forward.
+        """
         reference = self.reference.size if self.reference else ()
-        return (self.width, self.height, self.text.prompt_embeds.shape[1], *reference)
+        return (self.width, self.height, self.text.prompt_embeds.shape[1], 2 if self.real_cfg else 1, *reference)
 
     @property
     def timestep(self) -> Any:
@@ -107,18 +113,23 @@ def begin(
 
     Start from noise as FluxPipeline does, or from an image mixed with noise as FluxImg2ImgPipeline does. With a mask,
     keep the image where the mask is black, as FluxInpaintPipeline does. With a hole, do what FluxFillPipeline does,
-    with edges or depths what FluxControlPipeline does, and with a reference image what the two pipelines of Kontext do.
+    with a control image what the FluxControl pipelines do, and with a reference image what those of Kontext do.
     """
     width, height = size
     # Draw noise on the CPU, so that a seed gives the same noise on every device.
     generator = torch.Generator("cpu").manual_seed(seed)
     encoder = ImageEncoder(pipeline, size, text.prompt_embeds.dtype, device, generator)
     num_tokens = (width // pipeline.vae_scale_factor // 2) * (height // pipeline.vae_scale_factor // 2)
-    scheduler, timesteps = _timesteps(pipeline.scheduler, request.num_inference_steps, num_tokens, device)
+    scheduler, timesteps = _timesteps(pipeline.scheduler, request, num_tokens, device)
     guidance = None
     if pipeline.transformer.config.guidance_embeds:
         guidance = torch.full([1], request.guidance_scale, device=device, dtype=torch.float32)
     sample = Sample(width, height, text, None, None, scheduler, timesteps, guidance)
+    if inputs.control and inputs.mask:
+        # FluxControlInpaintPipeline first encodes what the mask leaves of the image. It uses none of it, but the random
+        # numbers that this takes.
+        rows, columns = (side // pipeline.vae_scale_factor for side in (height, width))
+        encoder.noise(torch.Size([1, pipeline.vae.config.latent_channels, rows, columns]))
     if inputs.control:
         sample.channels = control.channels(encoder, inputs.control)
     if inputs.start:
@@ -155,7 +166,7 @@ def unpacked(pipeline: Any, sample: Sample, latents: torch.Tensor) -> torch.Tens
     return scaled
 
 
-def _timesteps(scheduler: Any, num_inference_steps: int, num_tokens: int, device: str) -> tuple[Any, torch.Tensor]:
+def _timesteps(scheduler: Any, request: Any, num_tokens: int, device: str) -> tuple[Any, torch.Tensor]:
     # A scheduler counts the steps of one image, so each image needs a copy.
     own = copy.deepcopy(scheduler)
     config = own.config
@@ -163,11 +174,12 @@ def _timesteps(scheduler: Any, num_inference_steps: int, num_tokens: int, device
         num_tokens,
         config.get("base_image_seq_len", 256),
         config.get("max_image_seq_len", 4096),
-        config.get("base_shift", 0.5),
-        config.get("max_shift", 1.15),
+        getattr(request, "base_shift", config.get("base_shift", 0.5)),
+        getattr(request, "max_shift", config.get("max_shift", 1.15)),
     )
-    sigmas = numpy.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-    timesteps, _ = retrieve_timesteps(own, num_inference_steps, device, sigmas=sigmas, mu=shift)
+    num_steps = request.num_inference_steps
+    sigmas = numpy.linspace(1.0, 1 / num_steps, num_steps)
+    timesteps, _ = retrieve_timesteps(own, num_steps, device, sigmas=sigmas, mu=shift)
     own.set_begin_index(0)
     return own, timesteps
 

@@ -1,14 +1,14 @@
 """The loading of a FluxPipeline and its placement on the device."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.base import EngineConfig, LoadProgress
+from models.base import EngineConfig, ExtraWeights, LoadProgress
 from models.loading import conditioning, hub, memory_plans, verify
 from models.loading.devices import device_for, dtype_for, free_memory
-from models.loading.specs import CONTROL_LORAS, DEPTH, REDUX, find_control_loras, find_extra_weights
+from models.loading.specs import REDUX, find_extra_weights
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ def load_pipeline(config: EngineConfig, fp8_failure: str = "") -> "tuple[FluxPip
         raise ValueError("a FLUX pipeline needs weights")
     directory, device = weights_directory(config.weights), device_for(config.device)
     verify.verify_pipeline(directory, NON_PIPELINE_COMPONENTS)
-    sizes = _sizes(config.weights, directory, dtype_of(config))
+    sizes = _sizes(config, directory)
     target = memory_plans.Target(device, config.is_eager, fp8_failure)
     plan = memory_plans.choose(config.memory, sizes, free_memory(device), target)
     try:
@@ -61,9 +61,10 @@ def _load(
 
     dtype = dtype_of(config)
     parts, loaded_bytes = {}, 0
+    total_bytes = sum(size for name, size in sizes.items() if name in verify.CLASSES)
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
         if name in verify.CLASSES:
-            config.report(LoadProgress(name, loaded_bytes, sum(sizes.values())))
+            config.report(LoadProgress(name, loaded_bytes, total_bytes))
             parts[name] = _load_part(directory, name, dtype)
             if plan.is_resident:
                 parts[name].to(device)
@@ -76,21 +77,24 @@ def _load(
     return plan.place(pipeline, device)
 
 
-def sizes_on_disk(where: str | Path, directory: Path) -> dict[str, int]:
-    """Return the bytes of the weight files of each component, and of the extra weights that its engine can use."""
+def sizes_on_disk(where: str | Path, directory: Path, needed: Collection[ExtraWeights]) -> dict[str, int]:
+    """Return the bytes of the weight files of each component, and of the extra weights that its engine can use.
+
+    `needed` are those that the engine's endpoints need; others use Redux too if it is installed.
+    """
     sizes = hub.sizes(directory)
-    loras = [CONTROL_LORAS[name] for name in find_control_loras(where)]
-    finds_depths = conditioning.is_control(directory / "transformer") or CONTROL_LORAS["depth"] in loras
-    extra = [REDUX, *loras, *([DEPTH] if finds_depths else [])]
-    for weights in extra:
+    for weights in {REDUX, *needed}:
         if found := find_extra_weights(where, weights):
             sizes[weights.directory] = hub.size(found)
     return sizes
 
 
-def _sizes(where: str | Path, directory: Path, dtype: "torch.dtype") -> dict[str, int]:
+def _sizes(config: EngineConfig, directory: Path) -> dict[str, int]:
     """Return the bytes of each component in memory. Weight files are in bf16, so float32 takes twice their size."""
-    return {name: size * dtype.itemsize // 2 for name, size in sizes_on_disk(where, directory).items()}
+    assert config.weights
+    on_disk = sizes_on_disk(config.weights, directory, config.extra_weights)
+    dtype = dtype_of(config)
+    return {name: size * dtype.itemsize // 2 for name, size in on_disk.items()}
 
 
 def _load_part(directory: Path, name: str, dtype: "torch.dtype") -> Any:
@@ -156,7 +160,7 @@ def has_room(config: EngineConfig) -> bool:
     directory = where if isinstance(where, Path) else hub.cached_path(where)
     if directory is None:
         return True
-    sizes = _sizes(where, directory, dtype_of(config))
+    sizes = _sizes(config, directory)
     return memory_plans.has_room(config.memory, sizes, free_memory(device_for(config.device)))
 
 
@@ -164,5 +168,5 @@ def dtype_of(config: EngineConfig) -> "torch.dtype":
     """Return the number type for the weights, after downloading them if they are not cached. Raises OSError."""
     if config.weights is None:
         return dtype_for(config.dtype, device_for(config.device))
-    sizes = sizes_on_disk(config.weights, weights_directory(config.weights))
+    sizes = sizes_on_disk(config.weights, weights_directory(config.weights), config.extra_weights)
     return dtype_for(config.dtype, device_for(config.device), sum(sizes.values()))

@@ -1,6 +1,6 @@
 """The WEIGHTS arguments: which weights each endpoint runs on."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from models.base import ExtraWeights, Model
@@ -12,13 +12,11 @@ DEFAULT_ENDPOINT = "fal-ai/flux/dev"
 REDUX = ExtraWeights("redux", "black-forest-labs/FLUX.1-Redux-dev")
 #: The weights that find the depths of an image.
 DEPTH = ExtraWeights("depth", "LiheYoung/depth-anything-large-hf")
-#: The control LoRAs of FLUX.1 [dev], by what of the control image it then follows.
+#: The control LoRAs of FLUX.1 [dev], by name: for the edges of a control image, and for its depths.
 CONTROL_LORAS = {
     "canny": ExtraWeights("canny-lora", "black-forest-labs/FLUX.1-Canny-dev-lora", is_lora=True),
     "depth": ExtraWeights("depth-lora", "black-forest-labs/FLUX.1-Depth-dev-lora", is_lora=True),
 }
-#: All weights that some endpoints need in addition to their own.
-EXTRA_WEIGHTS = (REDUX, DEPTH, *CONTROL_LORAS.values())
 #: Weights that the demo does not stand in for, because it was trained without reference images, masks and edges.
 _NOT_IN_DEMO = {f"black-forest-labs/FLUX.1-{name}-dev" for name in ("Kontext", "Fill", "Canny", "Depth")}
 
@@ -66,18 +64,23 @@ def _assign_one(spec: str, models: dict[str, Model]) -> dict[str, str | Path]:
 
 
 def find_extra_weights(where: str | Path, extra_weights: ExtraWeights) -> Path | None:
-    """Return the directory of extra weights; None if they are not installed.
+    """Return the directory of extra weights; None if they are not installed. That of a LoRA holds one safetensors file.
 
     For local weights, look in their directory `where`; for a hub id, look in the hub cache.
     """
     if isinstance(where, Path):
-        return where / extra_weights.directory if (where / extra_weights.directory).is_dir() else None
+        directory = where / extra_weights.directory
+        is_there = hub.lora_file(directory) is not None if extra_weights.is_lora else directory.is_dir()
+        return directory if is_there else None
     return (hub.cached_lora if extra_weights.is_lora else hub.cached_path)(extra_weights.hub_id)
 
 
-def find_control_loras(where: str | Path) -> dict[str, Path]:
-    """Return the files of the installed control LoRAs, by their names in CONTROL_LORAS. `where` is as above."""
-    directories = {name: find_extra_weights(where, lora) for name, lora in CONTROL_LORAS.items()}
+def find_control_loras(where: str | Path, needed: Collection[ExtraWeights]) -> dict[str, Path]:
+    """Return the files of the installed control LoRAs that are needed, by their names in CONTROL_LORAS.
+
+    `where` is as for `find_extra_weights`.
+    """
+    directories = {name: find_extra_weights(where, lora) for name, lora in CONTROL_LORAS.items() if lora in needed}
     files = {name: hub.lora_file(directory) for name, directory in directories.items() if directory}
     return {name: file for name, file in files.items() if file}
 
@@ -93,7 +96,8 @@ def _missing(model: Model, where: str | Path) -> list[ExtraWeights]:
 
 def _describe(extra_weights: ExtraWeights, where: str | Path) -> str:
     if isinstance(where, Path):
-        return f"{extra_weights.hub_id} in the directory {where / extra_weights.directory}"
+        what = "one safetensors file of " if extra_weights.is_lora else ""
+        return f"{what}{extra_weights.hub_id} in the directory {where / extra_weights.directory}"
     return f"{extra_weights.hub_id}; run `flux-server pull {extra_weights.hub_id}`"
 
 

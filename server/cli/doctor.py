@@ -4,7 +4,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from models import discover
+from models.base import ExtraWeights
 from models.flux.flops import FLUX_DEV
 from models.loading import cpu, devices, hub, memory_plans, pipeline, specs, verify
 from server.settings import Settings
@@ -44,8 +45,9 @@ def run_checks(settings: Settings) -> Iterator[Check]:
     device = yield from _device(settings)
     if device is None:
         return
+    models = discover(settings.models_dir)
     try:
-        weights_by_endpoint = specs.assign_weights(settings.weights, discover(settings.models_dir))
+        weights_by_endpoint = specs.assign_weights(settings.weights, models)
     except (ValueError, OSError) as error:
         yield Check("weights", False, str(error))
         return
@@ -56,7 +58,8 @@ def run_checks(settings: Settings) -> Iterator[Check]:
     }
     for where, endpoints in endpoints_by_weights.items():
         try:
-            yield from _weights(where, endpoints, settings, *device)
+            needed = {extra for endpoint in endpoints for extra in models[endpoint].extra_weights}
+            yield from _weights(where, endpoints, needed, settings, *device)
         except OSError as error:
             yield Check(_name(where), False, str(error))
     yield _checker(settings, list(endpoints_by_weights))
@@ -70,8 +73,9 @@ def run_self_test(settings: Settings) -> Iterator[Check]:
     from models.self_test.trials import Subject, run
 
     device = devices.device_for(settings.device)
-    weights_by_endpoint = specs.assign_weights(settings.weights, discover(settings.models_dir))
-    configs = {str(config.weights): config for config in engine_configs(settings, weights_by_endpoint).values()}
+    models = discover(settings.models_dir)
+    configs = engine_configs(settings, specs.assign_weights(settings.weights, models), models)
+    configs = {str(config.weights): config for config in configs.values()}
     config = next(iter(configs.values()))
     directory = compile_cache_dir(config) if device == "cuda" else None
     if directory:
@@ -163,7 +167,12 @@ def _device(settings: Settings) -> Generator[Check, None, tuple[str, int] | None
 
 
 def _weights(
-    where: str | Path, endpoints: Sequence[str], settings: Settings, device: str, free: int
+    where: str | Path,
+    endpoints: Sequence[str],
+    needed: Collection[ExtraWeights],
+    settings: Settings,
+    device: str,
+    free: int,
 ) -> Iterator[Check]:
     """Yield the checks of one set of weights. Raises OSError, with the reason, if the weights cannot be loaded."""
     name = _name(where)
@@ -173,10 +182,10 @@ def _weights(
         sizes = _FLUX_DEV_SIZES
     else:
         verify.verify_pipeline(directory, pipeline.NON_PIPELINE_COMPONENTS)
-        for extra in specs.EXTRA_WEIGHTS:
+        for extra in {specs.REDUX, *needed}:
             if found := specs.find_extra_weights(where, extra):
                 verify.verify(found)
-        sizes = pipeline.sizes_on_disk(where, directory)
+        sizes = pipeline.sizes_on_disk(where, directory, needed)
         size = sum(sizes.values()) / 1e9
         yield Check(name, True, f"weights are here, {size:.2f} GB, for {', '.join(endpoints)}")
     try:

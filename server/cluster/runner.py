@@ -61,7 +61,7 @@ class Runner:
         self._worker = Worker(
             settings,
             {endpoint: models[endpoint] for endpoint in weights_by_endpoint},
-            engine_configs(settings, weights_by_endpoint),
+            engine_configs(settings, weights_by_endpoint, models),
             self._queue,
             self._queue,
             self._inputs.path,

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from models.base import DeviceLost, Engine, EngineConfig, EngineInfo, LoadProgress, Model
+from models.base import DeviceLost, Engine, EngineConfig, EngineInfo, ExtraWeights, LoadProgress, Model
 from models.loading import pipeline, specs
 from server.settings import Settings
 
@@ -20,8 +20,13 @@ Key = tuple[str, str]
 PAUSE_SECONDS = 120.0
 
 
-def engine_configs(settings: Settings, weights_by_endpoint: Mapping[str, str | Path | None]) -> dict[str, EngineConfig]:
-    """Return the engine configuration of each endpoint, from the settings and the endpoint's weights."""
+def engine_configs(
+    settings: Settings, weights_by_endpoint: Mapping[str, str | Path | None], models: Mapping[str, Model]
+) -> dict[str, EngineConfig]:
+    """Return the engine configuration of each endpoint, from the settings and the weights of all endpoints."""
+    needed: dict[str | Path | None, set[ExtraWeights]] = {place: set() for place in weights_by_endpoint.values()}
+    for endpoint, place in weights_by_endpoint.items():
+        needed[place].update(models[endpoint].extra_weights)
     return {
         endpoint: EngineConfig(
             place,
@@ -32,6 +37,7 @@ def engine_configs(settings: Settings, weights_by_endpoint: Mapping[str, str | P
             max_acceleration=settings.max_acceleration,
             is_eager=settings.eager,
             compile_cache=settings.data_dir / "compiled",
+            extra_weights=frozenset(needed[place]),
         )
         for endpoint, place in weights_by_endpoint.items()
     }

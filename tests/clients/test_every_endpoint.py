@@ -25,7 +25,15 @@ from tests.support.tiny_redux import write_demo_with_redux
 
 Outputs = dict[str, dict[str, Any]]
 #: The fields that refer to input files.
-INPUT_FIELDS = {"image_url", "mask_url", "reference_image_url", "control_lora_image_url", "fill_image", "loras"}
+INPUT_FIELDS = {
+    "image_url",
+    "mask_url",
+    "reference_image_url",
+    "control_lora_image_url",
+    "fill_image",
+    "loras",
+    "control_loras",
+}
 #: The kind of the weights of endpoints whose transformer sees more than that of FLUX.1 [dev].
 KINDS = {
     "fal-ai/flux-lora-fill": "fill",

@@ -1,6 +1,7 @@
 """Control LoRAs against diffusers' own pipelines, bit for bit, and what they leave of the base weights."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from models.flux_control_lora import (
     FluxControlLoraDepthImageToImageInput,
     FluxControlLoraDepthInput,
 )
+from models.flux_lora import FluxLoraInput
 from tests.support import tiny_flux
-from tests.support.tiny_flux import AllSafeChecker, difference, finish_task, tiers_of, write_lora
+from tests.support.tiny_flux import AllSafeChecker, AlwaysShare, difference, finish_task, tiers_of, write_lora
 from tests.support.tiny_kinds import write_control_lora, write_depth
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
@@ -156,8 +158,9 @@ def test_without_a_control_image_the_image_is_that_of_the_base(files: dict[str, 
 
 
 def fingerprint(engine: FluxEngine) -> str:
-    """Return a hash of the names, the shapes and every bit of the transformer's weights."""
+    """Return a hash of the transformer's configuration, and of the names, shapes and every bit of its weights."""
     digest = hashlib.sha256()
+    digest.update(str(engine.pipeline.transformer.config).encode())
     for key, weight in sorted(engine.pipeline.transformer.state_dict().items()):
         digest.update(f"{key}{weight.shape}".encode())
         digest.update(weight.detach().contiguous().view(torch.uint8).numpy().tobytes())
@@ -176,29 +179,101 @@ def test_the_base_weights_never_change(files: dict[str, Path]) -> None:
     assert fingerprint(engine) == before
     shared = engine.pipeline.transformer.proj_out.weight
     assert engine.loras and {
-        twin.pipeline.transformer.proj_out.weight is shared for twin in engine.loras._twins.values()
+        twin.pipeline.transformer.proj_out.weight is shared for twin in engine.loras._clones.values()
     } == {True}
 
 
-def test_control_loras_are_evicted_and_come_back(files: dict[str, Path]) -> None:
+def test_the_servers_control_loras_stay_until_memory_runs_out(files: dict[str, Path]) -> None:
     engine = engine_of(files)
-    engine.loras = LoraManager(engine.pipeline, kept_bytes=files["canny"].stat().st_size)
-    first = generate(engine, request_of(FluxControlLoraCannyInput), files)
+    engine.loras = LoraManager(engine.pipeline, kept_bytes=0)
+    request = request_of(FluxControlLoraCannyInput, loras=[{"path": "unused"}])
+    first = generate(engine, request, files)
     generate(engine, request_of(FluxControlLoraDepthInput), files)
-    assert engine.loras.names == ["depth"]
-    assert difference(generate(engine, request_of(FluxControlLoraCannyInput), files), first) == 0
+    assert engine.loras.names == ["canny", "depth"]
+    engine.loras.unload_idle(())
+    assert engine.loras.names == []
+    assert difference(generate(engine, request, files), first) == 0
 
 
-def test_requests_with_equal_control_loras_share_forwards(files: dict[str, Path]) -> None:
+def test_files_with_the_same_name_are_different_loras(files: dict[str, Path], tmp_path: Path) -> None:
+    names = ("canny", "depth")
+    for name in names:
+        (tmp_path / name).mkdir()
+        files[name] = files[name].rename(tmp_path / name / "lora.safetensors")
     engine = engine_of(files)
-    request = request_of(FluxControlLoraCannyInput, num_images=2)
-    images = finish_task(engine, engine.start(request, 5, {"control_lora_image_url": files["followed"]}))
-    single = request_of(FluxControlLoraCannyInput)
-    for place, image in enumerate(images):
-        (expected,) = finish_task(
-            engine, engine.start(single, 5 + place, {"control_lora_image_url": files["followed"]})
+    for kind in (FluxControlLoraCannyInput, FluxControlLoraDepthInput):
+        alone = generate(engine_of(files), request_of(kind), files)
+        assert difference(generate(engine, request_of(kind), files), alone) == 0
+
+
+class Shared(FluxControlLoraCannyInput):
+    """A request whose forwards are shared."""
+
+    acceleration: str = "regular"
+
+
+def test_requests_with_the_same_control_lora_share_forwards(files: dict[str, Path]) -> None:
+    engine = engine_of(files)
+    engine.sharing = AlwaysShare()
+    sources = ("followed", "start")
+    alone = [finish_task(engine, started(engine, Shared, files, source))[0] for source in sources]
+    tasks = [started(engine, Shared, files, source) for source in sources]
+    others = [
+        started(engine, Shared, files, "followed", control_lora_strength=0.5),
+        engine.start(tiny_flux.make_request("a fish", *SIZE, acceleration="regular"), 5),
+    ]
+    assert engine.advance(tasks[0], [*tasks[1:], *others]) == tasks
+    while tasks[0].step < tasks[0].num_steps:
+        engine.advance(tasks[0], tasks[1:])
+    for task, expected in zip(tasks, alone, strict=True):
+        assert difference(finish_task(engine, task)[0], expected) <= 1
+
+
+def started(engine: FluxEngine, kind: Any, files: dict[str, Path], source: str, **fields: Any) -> Any:
+    """Start a task that follows this image."""
+    return engine.start(request_of(kind, **fields), 5, {"control_lora_image_url": files[source]})
+
+
+def test_tasks_that_take_turns_do_not_change_each_other(files: dict[str, Path]) -> None:
+    """Take turns, step by step, with control LoRAs, without, and with the same other LoRA in two of the clones."""
+
+    def tasks(engine: FluxEngine) -> list[Any]:
+        style = {"path": "unused", "scale": 0.6}
+        followed, lora = {"control_lora_image_url": files["followed"]}, {"loras.0.path": files["style"]}
+        size = {"width": SIZE[0], "height": SIZE[1]}
+        plain = FluxLoraInput.model_validate(
+            {"prompt": "a fish", "image_size": size, "num_inference_steps": 4, "loras": [style]}
         )
-        assert difference(image, expected) == 0
+        return [
+            engine.start(request_of(FluxControlLoraCannyInput, loras=[style]), 5, {**followed, **lora}),
+            engine.start(plain, 5, lora),
+            started(engine, FluxControlLoraDepthInput, files, "followed"),
+            engine.start(tiny_flux.make_request("a fish", *SIZE, num_inference_steps=4), 5),
+        ]
+
+    expected = [finish_task(engine, task)[0] for engine in [engine_of(files)] for task in tasks(engine)]
+    engine = engine_of(files)
+    turns = tasks(engine)
+    for _ in range(4):
+        for task in turns:
+            engine.advance(task)
+    for task, image in zip(turns, expected, strict=True):
+        assert difference(finish_task(engine, task)[0], image) == 0
+
+
+def test_at_strength_0_the_image_does_not_follow_the_matrices(files: dict[str, Path]) -> None:
+    """A control LoRA's weights of normalizations have no scale, in diffusers as here."""
+    edges = control.edges(PIL.Image.open(files["followed"]), SIZE)
+    request = request_of(FluxControlLoraCannyInput, control_lora_strength=0)
+    expected = call_diffusers(FluxControlPipeline, torch.float32, request, edges, (files["canny"], 0.0))
+    assert difference(generate(engine_of(files), request, files), expected) == 0
+
+
+def test_a_plan_without_loras_says_so(files: dict[str, Path]) -> None:
+    engine = engine_of(files)
+    engine.loras = None
+    with pytest.raises(GenerationFailed, match="do not work with this server's memory plan"):
+        generate(engine, request_of(FluxControlLoraCannyInput), files)
 
 
 def test_a_missing_control_lora_is_named(files: dict[str, Path]) -> None:
@@ -207,18 +282,38 @@ def test_a_missing_control_lora_is_named(files: dict[str, Path]) -> None:
         generate(engine, request_of(FluxControlLoraCannyInput), files)
 
 
-def test_a_bad_lora_of_the_client_is_named_by_its_place(files: dict[str, Path]) -> None:
+def test_a_bad_lora_of_the_client_is_named_by_its_place_and_changes_nothing(files: dict[str, Path]) -> None:
+    engine = engine_of(files)
+    expected = generate(engine, request_of(FluxControlLoraCannyInput), files)
     write_lora(files["style"], 7, width=48)
-    request = request_of(FluxControlLoraCannyInput, loras=[{"path": "unused"}])
     with pytest.raises(IncompatibleInput) as error:
-        generate(engine_of(files), request, files)
+        generate(engine, request_of(FluxControlLoraCannyInput, loras=[{"path": "unused"}]), files)
     assert error.value.loc == ("loras", 0, "path")
+    assert difference(generate(engine, request_of(FluxControlLoraCannyInput), files), expected) == 0
 
 
-def test_a_control_lora_that_does_not_fit_is_no_fault_of_the_client(files: dict[str, Path]) -> None:
-    write_control_lora(files["canny"], 1, 16, (4, 16))
-    with pytest.raises(GenerationFailed, match="The server's control LoRA does not fit its weights"):
-        generate(engine_of(files), request_of(FluxControlLoraCannyInput), files)
+def write_ordinary(path: Path) -> None:
+    write_lora(path, 7)
+
+
+def write_for_another(path: Path) -> None:
+    write_control_lora(path, 1, 16, (4, 16))
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+@pytest.mark.parametrize("damage", [write_ordinary, write_for_another, cut_off, Path.unlink])
+def test_a_control_lora_of_the_server_that_does_not_fit_is_logged(
+    files: dict[str, Path], caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
+) -> None:
+    engine = engine_of(files)
+    damage(files["canny"])
+    with pytest.raises(GenerationFailed, match=r"^The server's control LoRA for canny cannot be loaded; its log says"):
+        generate(engine, request_of(FluxControlLoraCannyInput), files)
+    assert str(files["canny"]) in caplog.text
+    generate(engine, request_of(FluxControlLoraDepthInput), files)
 
 
 def test_the_published_layout_fits_the_true_transformer() -> None:

@@ -34,7 +34,7 @@ def test_weights_licence_and_memory_of_an_endpoint(endpoint: str) -> None:
     model = MODELS[endpoint.removesuffix("/stream")]
     _, weights, licence, memory, _ = ENDPOINTS[endpoint]
     needed = [*model.weights, *(extra.hub_id for extra in model.extra_weights)]
-    named = [WEIGHTS[name] for name in weights.split(" with ")]
+    named = [WEIGHTS[name] for name in re.split(" with | and ", weights)]
     for hub_id, (where, _, _) in zip(needed, named, strict=True):
         assert f"`{hub_id}" in f"`{where}`"
     names = ", ".join(entry[1] for entry in named)

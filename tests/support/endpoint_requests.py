@@ -11,6 +11,7 @@ from models.demo.recipe.export import LORA
 from models.loading.specs import DEMO
 from tests.support.fal_endpoints import FACTS
 from tests.support.image_files import decode, encode
+from tests.support.tiny_kinds import control_lora_for
 
 SIDE = 64
 #: The colour of the input image, and the greatest mean difference of areas that stay as they are. The demo's
@@ -23,6 +24,7 @@ def upload_inputs(client: httpx.Client) -> dict[str, Any]:
     image, mask = Image.new("RGB", (SIDE, SIDE), ORANGE), Image.new("L", (SIDE, SIDE))
     mask.paste(255, (0, 0, SIDE // 2, SIDE))
     lora = _upload(client, (DEMO / LORA).read_bytes(), "application/octet-stream")
+    control_lora = _upload(client, control_lora_for(DEMO, 3), "application/octet-stream")
     image_url = _upload(client, encode(image), "image/png")
     return {
         "image_url": image_url,
@@ -31,6 +33,7 @@ def upload_inputs(client: httpx.Client) -> dict[str, Any]:
         "control_lora_image_url": image_url,
         "fill_image": {"fill_image_url": image_url},
         "loras": [{"path": lora, "scale": 0.8}],
+        "control_loras": [{"path": control_lora, "control_image_url": image_url}],
     }
 
 
@@ -47,6 +50,7 @@ def upload_other_inputs(client: httpx.Client) -> dict[str, Any]:
         "control_lora_image_url": image_url,
         "fill_image": {"fill_image_url": image_url},
         "loras": [],
+        "control_loras": [],
     }
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessorPil
 
 from models.loading.specs import CONTROL_LORAS, DEPTH
@@ -31,16 +31,27 @@ def write_demo_of_kind(directory: Path, kind: str) -> Path:
 
 def add_control_loras(directory: Path) -> None:
     """Add random control LoRAs, and random weights that find depths, to a directory of the demo weights."""
-    config = json.loads((directory / "transformer" / "config.json").read_text(encoding="utf-8"))
-    heads = config["num_attention_heads"], config["attention_head_dim"]
     for seed, lora in enumerate(CONTROL_LORAS.values()):
         (directory / lora.directory).mkdir()
-        write_control_lora(directory / lora.directory / "lora.safetensors", seed, config["in_channels"], heads)
+        (directory / lora.directory / "lora.safetensors").write_bytes(control_lora_for(directory, seed))
     write_depth(directory / DEPTH.directory)
 
 
-def write_control_lora(path: Path, seed: int, in_channels: int, heads: tuple[int, int], rank: int = 4) -> Path:
-    """Write a random control LoRA for a transformer with this number of heads of this width; return its path.
+def control_lora_for(directory: Path, seed: int) -> bytes:
+    """Return a file with a random control LoRA for the weights in a directory."""
+    config = json.loads((directory / "transformer" / "config.json").read_text(encoding="utf-8"))
+    return save(
+        control_lora(seed, config["in_channels"], (config["num_attention_heads"], config["attention_head_dim"]))
+    )
+
+
+def write_control_lora(path: Path, seed: int, in_channels: int, heads: tuple[int, int]) -> None:
+    """Write the control LoRA that `control_lora` makes."""
+    save_file(control_lora(seed, in_channels, heads), path)
+
+
+def control_lora(seed: int, in_channels: int, heads: tuple[int, int], rank: int = 4) -> dict[str, torch.Tensor]:
+    """Make a random control LoRA for a transformer with this number of heads of this width.
 
     As the published ones, it takes two sets of latents, has biases, and replaces the weights of normalizations.
     """
@@ -53,8 +64,7 @@ def write_control_lora(path: Path, seed: int, in_channels: int, heads: tuple[int
         tensors[f"transformer.{layer}.lora_B.weight"] = 0.1 * torch.randn(width, rank, generator=generator)
         tensors[f"transformer.{layer}.lora_B.bias"] = 0.1 * torch.randn(width, generator=generator)
     tensors["transformer.transformer_blocks.0.attn.norm_q.weight"] = torch.randn(heads[1], generator=generator)
-    save_file(tensors, path)
-    return path
+    return tensors
 
 
 def _widen(transformer: Path, in_channels: int) -> None:

@@ -23,7 +23,7 @@ def schema_of(endpoint: str) -> dict[str, Any]:
 
 def test_the_package_has_these_endpoints_and_no_others() -> None:
     assert {id_here(endpoint) for endpoint in FACTS} == set(MODELS)
-    assert len(FACTS) == 39
+    assert len(FACTS) == 42
 
 
 @pytest.mark.parametrize("endpoint", FACTS)
@@ -46,7 +46,8 @@ def test_the_defaults_ranges_and_choices_are_fals(endpoint: str) -> None:
 
 @pytest.mark.parametrize("endpoint", MODELS)
 def test_every_url_is_marked_to_be_fetched(endpoint: str) -> None:
-    for name, field in MODELS[endpoint].Input.model_fields.items():
+    for name in schema_of(endpoint)["properties"]:
+        field = MODELS[endpoint].Input.model_fields[name]
         is_marked = any(isinstance(marker, InputURL) for marker in field.metadata)
         assert is_marked == name.endswith("_url"), name
 
@@ -54,14 +55,16 @@ def test_every_url_is_marked_to_be_fetched(endpoint: str) -> None:
 @pytest.mark.parametrize("endpoint", MODELS)
 def test_the_metadata_of_an_image_holds_the_parameters_of_its_request_without_urls(endpoint: str) -> None:
     model = MODELS[endpoint]
-    body = {
+    known = {
         "prompt": "x",
         "image_url": EXAMPLE_IMAGE,
         "mask_url": EXAMPLE_IMAGE,
         "reference_image_url": EXAMPLE_IMAGE,
         "control_lora_image_url": EXAMPLE_IMAGE,
         "loras": [{"path": "a/b", "scale": 2}],
+        "control_loras": [{"path": "a/b", "control_image_url": EXAMPLE_IMAGE}],
     }
+    body = {name: value for name, value in known.items() if name in schema_of(endpoint)["properties"]}
     parameters = dict(model.metadata(model.Input.model_validate(body), 1))
     assert (parameters.pop("endpoint"), parameters["seed"]) == (endpoint, 1)
     fields = model.Input.model_fields.keys()
@@ -74,6 +77,7 @@ def test_the_metadata_of_an_image_holds_the_parameters_of_its_request_without_ur
         "strength",
         "resolution_mode",
         "control_lora_strength",
+        "preprocess_depth",
     }
     assert parameters.keys() == fields & names
 

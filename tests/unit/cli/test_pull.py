@@ -83,7 +83,9 @@ def test_a_control_lora_is_pulled_and_found_without_the_hub(hub: Hub, tmp_path: 
     file = snapshot(tmp_path, CANNY_LORA) / "flux1-canny-dev-lora.safetensors"
     assert files_of(file.parent) == {file.name}
     hub.close()
-    program = f"from models.loading import specs; print(specs.find_control_loras({FLUX_DEV!r}))"
+    program = (
+        f"from models.loading import specs; print(specs.find_control_loras({FLUX_DEV!r}, specs.CONTROL_LORAS.values()))"
+    )
     found = subprocess.check_output(
         [sys.executable, "-c", program], cwd=ROOT, env=environment(hub, tmp_path), text=True
     )

@@ -367,7 +367,7 @@ def test_two_non_finite_images_in_a_row_mean_that_the_device_is_lost(engine: Flu
 def test_non_finite_images_with_a_lora_do_not_mean_that_the_device_is_lost(engine: FluxEngine) -> None:
     for _ in range(3):
         task = non_finite_task(engine)
-        task.loras = (LoraAdapter(Path("theirs.safetensors"), 1.0),)
+        task.loras = (LoraAdapter(Path("theirs.safetensors"), 1.0, loc=("loras", 0, "path")),)
         with pytest.raises(NonFiniteOutput):
             engine.decode(task)
 

@@ -1,0 +1,199 @@
+"""fal-ai/flux-general: FLUX.1 [dev] with LoRAs, a control LoRA, and classifier-free guidance with a negative prompt."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import PydanticCustomError
+
+from models.base import Model
+from models.flux_dev import FluxDev
+from models.image_size import Size, SizeOfInput
+from models.schema import (
+    EXAMPLE_IMAGE,
+    EXAMPLE_LORA,
+    MAX_LORA_SCALE,
+    MAX_PROMPT_LENGTH,
+    EnableSafetyChecker,
+    ImageInput,
+    ImageURL,
+    InpaintingStrength,
+    InputURL,
+    LoraGuidance,
+    Loras,
+    MaskURL,
+    NumImages,
+    OptionalSeed,
+    OutputFormatField,
+    Prompt,
+    Steps,
+    Strength,
+    SyncMode,
+)
+
+
+class ControlLoraWeight(BaseModel):
+    """A control LoRA, its scale, and the image that it follows."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+    path: Annotated[
+        str,
+        InputURL("lora"),
+        Field(
+            min_length=1,
+            description="The URL of the control LoRA, a safetensors file, or a Hugging Face id such as owner/name.",
+            examples=[EXAMPLE_LORA],
+        ),
+    ]
+    scale: float = Field(1, ge=0, le=MAX_LORA_SCALE, description="How closely to follow the control image.")
+    control_image_url: Annotated[
+        str,
+        InputURL("image"),
+        Field(description="The URL of the control image, whose composition to follow.", examples=[EXAMPLE_IMAGE]),
+    ]
+    preprocess: Literal["canny", "depth", "None"] = Field(
+        "None", description="What of the control image to follow: its edges, its depths, or the image as it is."
+    )
+
+
+def _refuse(value: Any, info: ValidationInfo) -> Any:
+    """Refuse a field of fal's that this server does not support, unless its value has no effect."""
+    if value not in (None, False, "", [], {}, _WITHOUT_EFFECT.get(info.field_name or "")):
+        raise PydanticCustomError("feature_not_supported", "This field is not supported by this server; leave it out.")
+    return value
+
+
+#: A field that only fal supports. It is not in the published schema.
+Unsupported = Annotated[SkipJsonSchema[Any], AfterValidator(_refuse)]
+#: The defaults of such fields, which some clients send.
+_WITHOUT_EFFECT = {
+    "reference_strength": 0.65,
+    "reference_start": 0,
+    "reference_end": 1,
+    "scheduler": "euler",
+    "nag_scale": 3,
+    "nag_tau": 2.5,
+    "nag_alpha": 0.25,
+    "nag_end": 0.25,
+}
+ControlLoras = Annotated[
+    list[ControlLoraWeight],
+    Field(max_length=1, description="The control LoRA to use for the image generation; at most one."),
+]
+RealCfgScale = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=20,
+        description="The scale of the real classifier-free guidance, away from the negative prompt. Up to 1, there is "
+        "none.",
+    ),
+]
+UseRealCfg = Annotated[
+    bool,
+    Field(description="If set to true, real classifier-free guidance is used. Each step then takes twice the time."),
+]
+NegativePrompt = Annotated[
+    str,
+    Field(
+        max_length=MAX_PROMPT_LENGTH,
+        description="What the image should not show. It needs real classifier-free guidance.",
+    ),
+]
+Shift = Annotated[float, Field(ge=0, le=10)]
+
+
+class _GeneralInput(ImageInput):
+    """The fields of every request, in fal's order as far as they are supported."""
+
+    prompt: Prompt
+    image_size: Any
+    num_inference_steps: Steps = Field(28, ge=1, le=50)
+    seed: OptionalSeed = None
+    loras: Loras = Field([])
+    control_loras: ControlLoras = Field([])
+    controlnets: Unsupported = None
+    controlnet_unions: Unsupported = None
+    ip_adapters: Unsupported = None
+    easycontrols: Unsupported = None
+    fill_image: Unsupported = None
+    guidance_scale: LoraGuidance = 3.5
+    real_cfg_scale: RealCfgScale = 3.5
+    use_real_cfg: UseRealCfg = False
+    use_cfg_zero: Unsupported = False
+    sync_mode: SyncMode = False
+    num_images: NumImages = 1
+    enable_safety_checker: EnableSafetyChecker = True
+    reference_image_url: Unsupported = None
+    reference_strength: Unsupported = None
+    reference_start: Unsupported = None
+    reference_end: Unsupported = None
+    base_shift: Shift = Field(0.5, description="How far the timesteps of small images are shifted towards noise.")
+    max_shift: Shift = Field(1.15, description="How far the timesteps of large images are shifted towards noise.")
+    output_format: OutputFormatField = "png"
+    use_beta_schedule: Unsupported = False
+    sigma_schedule: Unsupported = None
+    scheduler: Unsupported = None
+    negative_prompt: NegativePrompt = ""
+    nag_scale: Unsupported = None
+    nag_tau: Unsupported = None
+    nag_alpha: Unsupported = None
+    nag_end: Unsupported = None
+
+    @field_validator("negative_prompt")
+    @classmethod
+    def _needs_real_cfg(cls, value: str, info: ValidationInfo) -> str:
+        if value and not info.data.get("use_real_cfg"):
+            raise PydanticCustomError(
+                "feature_not_supported",
+                "A negative prompt is supported with use_real_cfg only: set it to true, or leave negative_prompt out.",
+            )
+        return value
+
+
+class FluxGeneralInput(_GeneralInput):
+    """A request to FLUX.1 [dev] for an image, with LoRAs, a control LoRA and a negative prompt."""
+
+    image_size: Size = Field("landscape_4_3", validate_default=True, description="The size of the generated image.")
+
+
+class FluxGeneralImageToImageInput(_GeneralInput):
+    """A request to FLUX.1 [dev] to change an image, with LoRAs, a control LoRA and a negative prompt."""
+
+    image_size: SizeOfInput = None
+    image_url: ImageURL
+    strength: Strength = 0.85
+
+
+class FluxGeneralInpaintingInput(_GeneralInput):
+    """A request to change the masked part of an image, with LoRAs, a control LoRA and a negative prompt."""
+
+    image_size: SizeOfInput = None
+    image_url: ImageURL
+    strength: InpaintingStrength = 0.85
+    mask_url: MaskURL
+
+
+class FluxGeneral(FluxDev):
+    """FLUX.1 [dev] with LoRAs, a control LoRA, and classifier-free guidance with a negative prompt."""
+
+    endpoint = "fal-ai/flux-general"
+    Input: type[ImageInput] = FluxGeneralInput
+
+
+class FluxGeneralImageToImage(FluxGeneral):
+    """The same as fal-ai/flux-general, starting from an image and changing it towards a prompt."""
+
+    endpoint = "fal-ai/flux-general/image-to-image"
+    Input: type[ImageInput] = FluxGeneralImageToImageInput
+
+
+class FluxGeneralInpainting(FluxGeneral):
+    """The same as fal-ai/flux-general, changing an image where its mask is white."""
+
+    endpoint = "fal-ai/flux-general/inpainting"
+    Input: type[ImageInput] = FluxGeneralInpaintingInput
+
+
+MODELS: tuple[Model, ...] = (FluxGeneral(), FluxGeneralImageToImage(), FluxGeneralInpainting())
