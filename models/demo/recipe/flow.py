@@ -49,8 +49,7 @@ class Trainer:
             self.pool.grow()
         self.scaling, self.shift = self.pool.statistics()
         self.things = {thing.name: thing for thing in self.pool.things}
-        if device == "cpu":
-            networks.use_explicit_attention()
+        networks.use_explicit_attention()
         torch.manual_seed(SEED)
         self.painter = networks.Painter(plan)
         if not plan.is_from_scratch:
@@ -96,14 +95,14 @@ class Trainer:
         state = {"painter": self.painter.state_dict(), "optimizer": self.optimizer.state_dict()}
         checkpoint.save(FILE, {**state, "average": self.average, "iteration": self.iteration, "best": self.best})
 
-    def batch(self, rng: numpy.random.Generator) -> tuple[torch.Tensor, list[str], torch.Tensor | None]:
+    def batch(self, rng: numpy.random.Generator) -> tuple[torch.Tensor, list[str], networks.Kept | None]:
         """Return scaled latents of one size, a caption for each, and the tokens to train on; None for all tokens."""
         size = pick_size(rng, self.is_early)
         boxes, kept = None, None
         if self.iteration < CROPPED * self.plan.flow_iterations:
             boxes = self.pool.pick_boxes(size, rng)
             kept = kept_tokens(size, boxes, rng)
-        num_tokens = flow_times.tokens_of(size) if kept is None else len(kept)
+        num_tokens = flow_times.tokens_of(size) if kept is None else len(kept.indices)
         number = max(1, self.plan.batch_tokens // (num_tokens + TEXT_TOKENS))
         found, latents = self.pool.pick(size, boxes, number, rng)
         texts = [captions.caption(scene, self.things, rng) for scene in found]
@@ -147,17 +146,23 @@ class Trainer:
             checkpoint.save(BEST, {"average": self.average, "iteration": self.iteration, "score": score})
 
 
-def kept_tokens(size: Size, boxes: tuple[Box, ...], rng: numpy.random.Generator) -> torch.Tensor:
-    """Return the indices of image tokens to train on: those in and next to the boxes, and a random few others.
+def kept_tokens(size: Size, boxes: tuple[Box, ...], rng: numpy.random.Generator) -> networks.Kept:
+    """Return the image tokens to train on: those in and next to the boxes, and a random few others.
 
     Most tokens show nothing but background, which is learnt early. Without them, an iteration takes in more images.
+    Each of the few stands for several, so that attention sees as much background as in a whole image.
     """
     width, height = (side // TOKEN_PIXELS for side in size)
-    is_kept = rng.random((height, width)) < KEPT_BACKGROUND
+    is_near = numpy.zeros((height, width), bool)
     for box in boxes:
         left, top, side = (each // TOKEN_PIXELS for each in box)
-        is_kept[max(0, top - 1) : top + side + 1, max(0, left - 1) : left + side + 1] = True
-    return torch.from_numpy(numpy.flatnonzero(is_kept))
+        is_near[max(0, top - 1) : top + side + 1, max(0, left - 1) : left + side + 1] = True
+    is_kept = is_near | (rng.random((height, width)) < KEPT_BACKGROUND)
+    num_far, num_kept = (~is_near).sum(), (is_kept & ~is_near).sum()
+    copies = numpy.where(is_near, 1.0, num_far / max(1, num_kept))
+    return networks.Kept(
+        torch.from_numpy(numpy.flatnonzero(is_kept)), torch.from_numpy(copies[is_kept].astype(numpy.float32))
+    )
 
 
 def loss_of(
@@ -165,12 +170,12 @@ def loss_of(
     latents: torch.Tensor,
     encode: Callable[[], networks.Text],
     generator: torch.Generator,
-    kept: torch.Tensor | None = None,
+    kept: networks.Kept | None = None,
 ) -> torch.Tensor:
     """Return the mean squared error of the velocity, for scaled latents of one size at random times.
 
     `encode` returns what the transformer reads for each of them. It is called where matrix products are in the fast
-    number type. `kept` holds the indices of the image tokens that the transformer sees, all if it is None.
+    number type. The transformer sees the image tokens in `kept`, or all.
     """
     device = latents.device
     noise = torch.randn(latents.shape, generator=generator).to(device)
@@ -182,7 +187,7 @@ def loss_of(
     with precision.mixed(device.type):
         velocity = painter.packed(mixed, sigmas, guidance, encode(), kept)
     wanted = networks.pack(noise - latents)
-    return (velocity - (wanted if kept is None else wanted[:, kept.to(device)])).square().mean()
+    return (velocity - (wanted if kept is None else wanted[:, kept.indices.to(device)])).square().mean()
 
 
 def best(plan: Plan) -> networks.Painter:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,16 @@ from models.demo.recipe.plan import LATENT_CHANNELS, TEXT_TOKENS, TEXT_WIDTH, Pl
 #: The maximum number of CLIP tokens.
 CLIP_TOKENS = 77
 HEAD_WIDTH = 64
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Some of an image's tokens: their indices, and how many tokens each stands for."""
+
+    indices: torch.Tensor
+    copies: torch.Tensor
+
+
 #: What the transformer reads: the states of the text tokens, (batch, tokens, width), and a pooled one, (batch, width).
 Text = tuple[torch.Tensor, torch.Tensor]
 
@@ -44,8 +55,8 @@ def build_transformer(plan: Plan) -> Any:
 def use_explicit_attention() -> None:
     """Let FLUX's transformers compute attention by matrix products and a softmax instead of PyTorch's fused function.
 
-    Measured on a CPU with AMX: the fused function took a third of the time of an iteration, most of it backward. At the
-    demo's sizes, the matrix of weights between all tokens is small.
+    Its mask lets a kept token stand for several. And measured on a CPU with AMX, the fused function took a third of the
+    time of an iteration, most of it backward. At the demo's sizes, the matrix of weights between all tokens is small.
     """
     transformer_flux.dispatch_attention_fn = _attention
 
@@ -83,11 +94,19 @@ class _Scores(torch.autograd.Function):  # type: ignore[misc]
 
 
 def _attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, copies_of_first: int = 1, **_: object
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    copies_of_first: int = 1,
+    attn_mask: torch.Tensor | None = None,
+    **_: object,
 ) -> torch.Tensor:
-    """Compute attention. All tensors have the shape (batch, tokens, heads, width)."""
+    """Compute attention. All tensors have the shape (batch, tokens, heads, width); the mask is added to the scores."""
     query, key, value = (each.transpose(1, 2) for each in (query, key, value))
     scores = (_Scores.apply(query, key) * query.shape[-1] ** -0.5).float()
+    if attn_mask is not None:
+        scores = scores + attn_mask
     if copies_of_first > 1:
         scores = torch.cat([scores[..., :1] + math.log(copies_of_first), scores[..., 1:]], dim=-1)
     return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2)
@@ -163,17 +182,20 @@ class Painter(torch.nn.Module):  # type: ignore[misc]
         sigmas: torch.Tensor,
         guidance: torch.Tensor,
         text: Text,
-        kept: torch.Tensor | None = None,
+        kept: Kept | None = None,
     ) -> torch.Tensor:
-        """Return packed velocities of the image tokens with the indices `kept`, which alone the transformer sees.
+        """Return packed velocities of the image tokens in `kept`, which alone the transformer sees.
 
-        The default is all tokens.
+        The default is all tokens. Kept tokens need `use_explicit_attention`.
         """
         states, pooled = text
         hidden, ids = pack(latents), positions(latents.shape[2] // 2, latents.shape[3] // 2).to(latents.device)
+        options = {}
         if kept is not None:
-            kept = kept.to(latents.device)
-            hidden, ids = hidden[:, kept], ids[kept]
+            indices, copies = kept.indices.to(latents.device), kept.copies.to(latents.device)
+            hidden, ids = hidden[:, indices], ids[indices]
+            # Text tokens come first.
+            options["attention_mask"] = torch.cat([torch.zeros_like(states[0, :, 0]), copies.log()])
         velocity: torch.Tensor = self.transformer(
             hidden_states=hidden,
             timestep=sigmas,
@@ -182,6 +204,7 @@ class Painter(torch.nn.Module):  # type: ignore[misc]
             encoder_hidden_states=states,
             txt_ids=torch.zeros(states.shape[1], 3, device=latents.device),
             img_ids=ids,
+            joint_attention_kwargs=options,
             return_dict=False,
         )[0]
         return velocity.float()
