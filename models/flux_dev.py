@@ -134,9 +134,14 @@ class FluxDev:
         fields = type(request).model_fields
         names = (
             "prompt",
+            "negative_prompt",
             "seed",
             "num_inference_steps",
             "guidance_scale",
+            "use_real_cfg",
+            "real_cfg_scale",
+            "base_shift",
+            "max_shift",
             "strength",
             "resolution_mode",
             "control_lora_strength",
@@ -144,6 +149,8 @@ class FluxDev:
         )
         parameters = {name: getattr(request, name) for name in names if name in fields}
         scales = {"lora_scales": [lora.scale for lora in request.loras]} if "loras" in fields else {}
+        if "control_loras" in fields:
+            scales["control_lora_scales"] = [lora.scale for lora in request.control_loras]
         return {"endpoint": self.endpoint, **parameters, "seed": seed, **scales}
 
 

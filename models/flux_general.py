@@ -2,22 +2,23 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
 from models.base import Model
 from models.flux_dev import FluxDev
 from models.image_size import Size, SizeOfInput
+from models.loading.specs import CONTROL_LORAS
 from models.schema import (
     EXAMPLE_IMAGE,
-    EXAMPLE_LORA,
     MAX_LORA_SCALE,
     MAX_PROMPT_LENGTH,
     EnableSafetyChecker,
     ImageInput,
     ImageURL,
     InpaintingStrength,
+    InputPart,
     InputURL,
     LoraGuidance,
     Loras,
@@ -32,10 +33,8 @@ from models.schema import (
 )
 
 
-class ControlLoraWeight(BaseModel):
+class ControlLoraWeight(InputPart):
     """A control LoRA, its scale, and the image that it follows."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
     path: Annotated[
         str,
@@ -43,7 +42,7 @@ class ControlLoraWeight(BaseModel):
         Field(
             min_length=1,
             description="The URL of the control LoRA, a safetensors file, or a Hugging Face id such as owner/name.",
-            examples=[EXAMPLE_LORA],
+            examples=[CONTROL_LORAS["canny"].hub_id],
         ),
     ]
     scale: float = Field(1, ge=0, le=MAX_LORA_SCALE, description="How closely to follow the control image.")
@@ -92,7 +91,10 @@ RealCfgScale = Annotated[
 ]
 UseRealCfg = Annotated[
     bool,
-    Field(description="If set to true, real classifier-free guidance is used. Each step then takes twice the time."),
+    Field(
+        description="If set to true, real classifier-free guidance is used. With a scale above 1, a step takes twice "
+        "as long."
+    ),
 ]
 NegativePrompt = Annotated[
     str,

@@ -126,10 +126,29 @@ LoraAccelerationField = Annotated[
 AccelerationField = Annotated[Acceleration, Field(description=_ACCELERATION)]
 
 
-class LoraWeight(BaseModel):
-    """LoRA weights and their scale."""
+class InputPart(BaseModel):
+    """The base of a request and of the objects in it. Unknown fields are ignored.
+
+    Null in an optional field counts as absent.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None or _is_required(cls, name)}
+
+
+def _is_required(model: type[BaseModel], name: str) -> bool:
+    field = model.model_fields.get(name)
+    return field is not None and field.is_required()
+
+
+class LoraWeight(InputPart):
+    """LoRA weights and their scale."""
 
     path: Annotated[
         str,
@@ -162,10 +181,8 @@ ImageRole = Literal["start", "prompt", "reference", "fill", "canny", "depth"]
 ControlLora = Literal["", "canny", "depth"]
 
 
-class ImageInput(BaseModel):
-    """The base of every model's Input. Unknown fields are ignored, and null in an optional field counts as absent."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+class ImageInput(InputPart):
+    """The base of every model's Input."""
 
     image_role: ClassVar[ImageRole] = "start"
     control_lora: ClassVar[ControlLora] = ""
@@ -177,18 +194,6 @@ class ImageInput(BaseModel):
         num_images: int
         enable_safety_checker: bool
         output_format: OutputFormat
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, data: object) -> object:
-        if not isinstance(data, dict):
-            return data
-        return {name: value for name, value in data.items() if value is not None or _is_required(cls, name)}
-
-
-def _is_required(model: type[BaseModel], name: str) -> bool:
-    field = model.model_fields.get(name)
-    return field is not None and field.is_required()
 
 
 class Image(BaseModel):

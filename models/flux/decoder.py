@@ -52,13 +52,13 @@ class Decoder:
         warm_up(vae)
         self._vae = vae
 
-    def decode(self, sample: Sample, what: str, *, has_loras: bool) -> Image:
+    def decode(self, sample: Sample, what: str, *, can_overflow: bool) -> Image:
         """Decode an image in RGB; `what` names it in errors.
 
         Raises NonFiniteOutput, or DeviceLost after MAX_NONFINITE_IMAGES.
         """
         try:
-            return self._decode_once(sample, what, has_loras=has_loras)
+            return self._decode_once(sample, what, can_overflow=can_overflow)
         except (GenerationFailed, DeviceLost):
             raise
         except Exception:
@@ -66,16 +66,16 @@ class Decoder:
                 raise
             log.exception("the %s failed; decoding runs uncompiled from now on", COMPILED_DECODER)
             self._vae = self._pipeline.vae
-            return self._decode_once(sample, what, has_loras=has_loras)
+            return self._decode_once(sample, what, can_overflow=can_overflow)
 
-    def _decode_once(self, sample: Sample, what: str, *, has_loras: bool) -> Image:
+    def _decode_once(self, sample: Sample, what: str, *, can_overflow: bool) -> Image:
         decode = partial(self._decode, sample, self._vae)
         try:
             again = partial(self._device.retry_on_oom, what, decode, partial(self._decode_in_tiles, sample))
             image = self._device.retry_on_oom(what, decode, again)
         except NonFiniteOutput as error:
             # LoRAs can cause this in their own task. Without LoRAs, the weights on the device must be damaged.
-            self._num_nonfinite += not has_loras
+            self._num_nonfinite += not can_overflow
             if self._num_nonfinite >= MAX_NONFINITE_IMAGES:
                 raise DeviceLost("two images in a row had values that are not finite") from error
             raise

@@ -205,7 +205,9 @@ class FluxEngine:
         """Decode the next image. Raises NonFiniteOutput, or DeviceLost after several such images."""
         assert isinstance(task, FluxTask)
         sample = task.samples[len(task.images)]
-        image = self.decoder.decode(sample, task.description, has_loras=any(lora.loc for lora in task.loras))
+        # Only with these can a request itself be why values are not finite.
+        can_overflow = any(lora.loc or lora.scale > 1 for lora in task.loras) or real_cfg.is_used(task.request)
+        image = self.decoder.decode(sample, task.description, can_overflow=can_overflow)
         task.images.append(fill.finish(image, task.request, task.inputs))
         sample.free()
 

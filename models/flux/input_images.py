@@ -8,7 +8,7 @@ from typing import Any
 import PIL.Image
 from PIL.Image import Image
 
-from models.base import GenerationFailed
+from models.base import GenerationFailed, IncompatibleInput
 from models.flux import kontext
 from models.loading import specs
 
@@ -55,6 +55,9 @@ class InputImages:
             raise GenerationFailed(message)
         if (self.prompt or self.after_prompt) and not has_redux:
             raise GenerationFailed(f"An image cannot be a prompt, because {specs.REDUX.hub_id} is missing here.")
+        if self.control_by == "depth" and self.control_lora == OWN and not has_depth:
+            message = "Depths cannot be found here; send an image that shows depths, with preprocess None."
+            raise IncompatibleInput(("control_loras", 0, "preprocess"), message)
         if self.control_by == "depth" and not has_depth:
             raise GenerationFailed(f"Depths cannot be found, because {specs.DEPTH.hub_id} is missing here.")
         if self.control_lora in specs.CONTROL_LORAS and self.control_lora not in control_loras:
@@ -79,7 +82,8 @@ def read(request: Any, files: Mapping[str, Path]) -> InputImages:
         by = request.control_lora if getattr(request, "preprocess_depth", True) else ""
         return InputImages(start=image, control=control, control_by=by, control_lora=request.control_lora)
     if control := _open(files.get("control_loras.0.control_image_url")):
-        by = request.control_loras[0].preprocess.removeprefix("None")
+        preprocess = request.control_loras[0].preprocess
+        by = "" if preprocess == "None" else preprocess
         return InputImages(start=image, mask=mask, control=control, control_by=by, control_lora=OWN)
     return InputImages(start=image, mask=mask, reference=reference)
 

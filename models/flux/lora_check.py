@@ -1,5 +1,6 @@
 """The check of LoRA weights from untrusted files: they may change nothing but the layers that they are for."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 NORMS, WIDENED = ("norm_q", "norm_k", "norm_added_q", "norm_added_k"), "x_embedder"
 #: The endings of a layer's two keys, after diffusers has converted the keys of the file to its own names.
 _MATRICES = (".lora_A.weight", ".lora_B.weight")
+#: The same in the text encoder, where diffusers' older names are converted later.
+_OLD_MATRICES = tuple(f"lora{part}.{way}.weight" for part in ("", "_linear_layer") for way in ("down", "up"))
 #: The ending of a key that only the layers of control LoRAs have.
 _BIAS = ".lora_B.bias"
 
@@ -19,21 +22,26 @@ def check(pipeline: Any, tensors: Mapping[str, torch.Tensor], *, is_control: boo
     Other tensors could overwrite base weights. A control LoRA may have biases and weights of normalizations too, and it
     must take two sets of latents. Raises ValueError.
     """
-    if vectors := [key for key, tensor in tensors.items() if "alpha" in key and tensor.numel() != 1]:
-        raise ValueError(f"{vectors[0]} is not a single number")
+    for key, tensor in tensors.items():
+        # diffusers halves a scale until it is small enough, which for a negative one never ends.
+        if "alpha" in key and not (tensor.numel() == 1 and 0 <= float(tensor) < math.inf):
+            raise ValueError(f"{key} is not a single number from 0")
+        if tensor.numel() == 0:
+            raise ValueError(f"{key} is empty")
     # Pass a copy, because the conversion removes entries.
     converted = pipeline.lora_state_dict(dict(tensors))
     of_transformer = {key: weight for key, weight in converted.items() if key.startswith("transformer.")}
+    others = [key for key in converted if key not in of_transformer]
     if is_control:
+        if others:
+            raise ValueError(f"{others[0]} is not of the transformer, which alone a control LoRA may change")
         of_transformer = _without_extras(pipeline.transformer, of_transformer)
-        converted = {key: weight for key, weight in converted.items() if not key.startswith("transformer.")}
-        converted |= of_transformer
-    for key in converted:
-        if "lora_" not in key or (key in of_transformer and not key.endswith(_MATRICES)):
-            raise ValueError(f"{key} is not one of a LoRA's matrices; new base weights and biases are not supported")
+    # Any other ending could name a LoRA that is loaded already, and overwrite it.
+    wrong = [key for key in of_transformer if not key.endswith(_MATRICES)]
+    wrong += [key for key in others if not key.endswith((*_MATRICES, *_OLD_MATRICES))]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is not one of a LoRA's matrices; new base weights and biases are not supported")
     layers = {key.rpartition(".lora_")[0] for key in of_transformer}
-    if is_control and converted.keys() - of_transformer.keys():
-        raise ValueError("a control LoRA must not change the text encoder")
     if is_control and f"transformer.{WIDENED}" not in layers:
         raise ValueError(f"it has no layer {WIDENED}, which would take the control image; use a control LoRA")
     for name in layers:
@@ -57,6 +65,10 @@ def _without_extras(transformer: Any, tensors: Mapping[str, torch.Tensor]) -> di
             continue
         if expected is None or tensor.shape != expected:
             raise ValueError(f"{key} has the shape {list(tensor.shape)}, which does not fit this model")
+    num_layers = sum(key.endswith(_MATRICES[1]) for key in rest)
+    # One bias makes peft expect a bias of every layer.
+    if sum(key.endswith(_BIAS) for key in tensors) not in (0, num_layers):
+        raise ValueError("some of its layers have a bias and others have none, which is not supported")
     return rest
 
 

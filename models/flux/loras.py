@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxPipeline
+from diffusers.utils.peft_utils import delete_adapter_layers
 from safetensors.torch import load_file
 
 from models.base import GenerationFailed, IncompatibleInput
@@ -19,6 +20,8 @@ from models.flux.input_images import OWN
 
 log = logging.getLogger(__name__)
 
+#: The most clones for control LoRAs of requests. Each takes some 10 MB of host memory, calculated.
+MAX_CLONES = 4
 #: The maximum bytes of LoRAs kept on the device; the least recently used are unloaded first. A LoRA of rank 16 takes
 #: some 40 MB for FLUX.1. The LoRAs of a single task may exceed the limit while the task runs.
 CACHE_BYTES = 2_000_000_000
@@ -105,6 +108,8 @@ class LoraManager:
         """
         key = _clone_of(loras)
         if key not in self._clones:
+            if loras and loras[0].loc:
+                self._make_room_for_a_clone()
             self._clones[key] = self._build(is_control=bool(key))
         clone = self._clones[key]
         if loras != clone.active:
@@ -122,6 +127,12 @@ class LoraManager:
         """Unload all LoRAs but these, to free memory."""
         for key, name in [each for each in self._loaded if each not in _keys(loras)]:
             self._unload(key, name)
+
+    def _make_room_for_a_clone(self) -> None:
+        """Leave fewer clones for the control LoRAs of requests than the maximum, which the new one fills."""
+        of_requests = [name for (key, name), size in self._loaded.items() if key == name and size]
+        for name in of_requests[: max(0, len(of_requests) + 1 - MAX_CLONES)]:
+            self._unload(name, name)
 
     def _build(self, *, is_control: bool) -> _Clone:
         parts = dict(self._base.components)
@@ -183,11 +194,12 @@ class LoraManager:
             return
         self._loaded.pop((key, name), None)
         clone = self._clones[key]
-        if name in _known(clone):
-            with warnings.catch_warnings():
-                # peft warns of deleting an active adapter, but `activate` sets the active adapters again.
-                warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")
-                clone.pipeline.delete_adapters(name)
+        with warnings.catch_warnings():
+            # peft warns of deleting an active adapter, but `activate` sets the active adapters again.
+            warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")
+            # After a failed load, layers can have an adapter of which the pipeline does not know.
+            for component in (clone.pipeline.transformer, clone.pipeline.text_encoder):
+                delete_adapter_layers(component, name)
         clone.active = ()
 
 

@@ -88,9 +88,10 @@ class ModelNames:
             )
             raise InvalidInput.of("feature_not_supported", ("body", last), message)
 
-        # With one set of weights for all endpoints, such as the demo's, endpoints made for other weights suit too.
-        def rank(each: Model) -> tuple[bool, int]:
-            return each.weights != model.weights, _distance(each.endpoint, model.endpoint)
+        # With one set of weights for all endpoints, such as the demo's, endpoints made for other weights suit too. Of
+        # equally near ones, the one with the fewest fields suits best.
+        def rank(each: Model) -> tuple[bool, int, int]:
+            return each.weights != model.weights, _distance(each.endpoint, model.endpoint), len(each.Input.model_fields)
 
         return min(suitable, key=rank)
 

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -14,7 +15,7 @@ from diffusers.loaders import FluxLoraLoaderMixin
 from PIL.Image import Image
 
 from models.base import GenerationFailed, IncompatibleInput
-from models.flux import control
+from models.flux import control, lora_check
 from models.flux.control import DepthEstimator
 from models.flux.engine import FluxEngine
 from models.flux.loras import LoraManager
@@ -317,7 +318,7 @@ def test_a_control_lora_of_the_server_that_does_not_fit_is_logged(
 
 
 def test_the_published_layout_fits_the_true_transformer() -> None:
-    """Convert a control LoRA with Black Forest Labs' names; each of its layers is in FLUX.1's transformer."""
+    """A control LoRA with Black Forest Labs' names and shapes passes the check."""
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(guidance_embeds=True)
     tensors: dict[str, torch.Tensor] = {}
@@ -351,7 +352,8 @@ def test_the_published_layout_fits_the_true_transformer() -> None:
             tensors[f"single_blocks.{block}.norm.{norm}.scale"] = torch.zeros(128)
     add("final_layer.adaLN_modulation.1", width, 2 * width)
     add("final_layer.linear", width, 64)
+    parts = SimpleNamespace(transformer=transformer, lora_state_dict=FluxLoraLoaderMixin.lora_state_dict)
+    lora_check.check(parts, tensors, is_control=True)
     converted = FluxLoraLoaderMixin.lora_state_dict(tensors)
     layers = {key.removeprefix("transformer.").partition(".lora_")[0].removesuffix(".weight") for key in converted}
     assert len(layers) > 500 and "x_embedder" in layers
-    assert layers <= {name for name, _ in transformer.named_modules()}

@@ -20,13 +20,15 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from models.base import IncompatibleInput
+from models.flux import control
+from models.flux.control import DepthEstimator
 from models.flux.engine import FluxEngine
-from models.flux.loras import LoraManager
+from models.flux.loras import MAX_CLONES, LoraManager
 from models.flux.prompt_cache import count_text_tokens
 from models.flux_general import FluxGeneralImageToImageInput, FluxGeneralInpaintingInput, FluxGeneralInput
 from tests.support import tiny_flux
 from tests.support.tiny_flux import AllSafeChecker, AlwaysShare, difference, finish_task, tiers_of, write_lora
-from tests.support.tiny_kinds import write_control_lora
+from tests.support.tiny_kinds import write_control_lora, write_depth
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 
@@ -152,13 +154,19 @@ def test_requests_with_and_without_real_guidance_do_not_share_forwards(files: di
         acceleration: str = "regular"
 
     engine = engine_of()
-    guided = [
-        engine.start(request_of(Shared, use_real_cfg=True, real_cfg_scale=scale, negative_prompt=text), 5)
+    requests = [
+        request_of(Shared, use_real_cfg=True, real_cfg_scale=scale, negative_prompt=text)
         for scale, text in ((3.5, "a tree"), (2.0, "a house"))
     ]
+    alone = [generate(engine, request, files) for request in requests]
+    guided = [engine.start(request, 5) for request in requests]
     plain = engine.start(request_of(Shared), 5)
     assert engine.advance(guided[0], [guided[1], plain]) == guided
     assert guided[0].work == 2 * plain.remaining_work // plain.num_steps
+    while guided[0].step < guided[0].num_steps:
+        engine.advance(guided[0], guided[1:])
+    for task, expected in zip(guided, alone, strict=True):
+        assert difference(finish_task(engine, task)[0], expected) <= 1
 
 
 def test_a_control_lora_of_a_client_is_evicted_and_comes_back(files: dict[str, Path]) -> None:
@@ -172,28 +180,84 @@ def test_a_control_lora_of_a_client_is_evicted_and_comes_back(files: dict[str, P
     assert difference(generate(engine, request, files), first) == 0
 
 
+def test_the_clones_for_control_loras_of_clients_are_few(files: dict[str, Path]) -> None:
+    engine = engine_of()
+    request = request_of(FluxGeneralInput, control_loras=[{"path": "unused", "control_image_url": "unused"}])
+    images = []
+    for seed in range(MAX_CLONES + 2):
+        files["control"] = files["control"].with_name(f"{seed}.safetensors")
+        write_control_lora(files["control"], seed, 16, HEADS)
+        images.append(generate(engine, request, files))
+    assert engine.loras and list(engine.loras._clones) == [str(seed) for seed in range(2, MAX_CLONES + 2)]
+    files["control"] = files["control"].with_name("0.safetensors")
+    assert difference(generate(engine, request, files), images[0]) == 0
+
+
+@pytest.mark.parametrize("preprocess", ["canny", "depth"])
+def test_a_control_image_is_preprocessed(files: dict[str, Path], tmp_path: Path, preprocess: str) -> None:
+    write_depth(tmp_path / "estimator")
+    estimator = DepthEstimator.load(tmp_path / "estimator", "cpu", torch.float32)
+    image = PIL.Image.open(files["image"])
+    shown = control.edges(image, SIZE) if preprocess == "canny" else estimator.depths(image, SIZE)
+    shown.save(tmp_path / "shown.png")
+    images = []
+    for name, how in (("image", preprocess), ("shown", "None")):
+        lora = {"path": "unused", "control_image_url": "unused", "preprocess": how}
+        request, engine = request_of(FluxGeneralInput, control_loras=[lora]), engine_of()
+        engine.depth_estimator = estimator
+        images.append(generate(engine, request, {**files, "image": tmp_path / f"{name}.png"}))
+    assert difference(*images) == 0
+
+
+def test_depths_need_their_weights(files: dict[str, Path]) -> None:
+    lora = {"path": "unused", "control_image_url": "unused", "preprocess": "depth"}
+    with pytest.raises(IncompatibleInput, match="Depths cannot be found here") as error:
+        generate(engine_of(), request_of(FluxGeneralInput, control_loras=[lora]), files)
+    assert error.value.loc == ("control_loras", 0, "preprocess")
+
+
+def test_null_counts_as_absent_in_a_control_lora() -> None:
+    lora = {"path": "unused", "control_image_url": "unused", "preprocess": None, "scale": None}
+    (found,) = request_of(FluxGeneralInput, control_loras=[lora]).control_loras
+    assert (found.preprocess, found.scale) == ("None", 1)
+
+
 def test_a_hostile_control_lora_is_named_and_changes_nothing(files: dict[str, Path]) -> None:
     engine = engine_of()
     request = request_of(FluxGeneralInput, control_loras=[{"path": "unused", "control_image_url": "unused"}])
-    plain, good = generate(engine, request_of(FluxGeneralInput), files), load_file(files["control"])
+    style = request_of(FluxGeneralInput, loras=[{"path": "unused"}])
+    good, alone = load_file(files["control"]), generate(engine, style, files)
+    followed = generate(engine, request, files)
+    files["good"] = files["control"].rename(files["control"].with_name("good.safetensors"))
     block = "transformer.transformer_blocks.0.attn"
     bad = {
         "has the shape": {f"{block}.norm_q.weight": torch.ones(HEADS[1] + 1)},
         "to_q.lora_B.bias has the shape": {f"{block}.to_q.lora_B.bias": torch.ones(3)},
         "not one of a LoRA's matrices": {"transformer.proj_out.weight": torch.zeros(16, 32)},
-        "must not change the text encoder": {
+        "which alone a control LoRA may change": {
             "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 16),
             "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight": torch.ones(16, 4),
         },
         "maps 16 to 32 features": {"transformer.x_embedder.lora_A.weight": torch.ones(4, 16)},
+        "some of its layers have a bias": {
+            "transformer.proj_out.lora_A.weight": torch.ones(4, 32),
+            "transformer.proj_out.lora_B.weight": torch.ones(16, 4),
+        },
+        "is empty": {
+            f"{block}.to_q.lora_A.weight": torch.ones(0, 32),
+            f"{block}.to_q.lora_B.weight": torch.ones(32, 0),
+        },
     }
-    for message, changes in bad.items():
+    for place, (message, changes) in enumerate(bad.items()):
+        # The server names files by their content.
+        files["control"] = files["control"].with_name(f"bad-{place}.safetensors")
         save_file({**good, **changes}, files["control"])
         with pytest.raises(IncompatibleInput, match=message) as error:
             generate(engine, request, files)
         assert error.value.loc == ("control_loras", 0, "path")
-        assert difference(generate(engine, request_of(FluxGeneralInput), files), plain) == 0
-    write_lora(files["control"], 7)
+        assert difference(generate(engine, style, files), alone) == 0
+        assert difference(generate(engine, request, {**files, "control": files["good"]}), followed) == 0
+    files["control"] = files["style"]
     with pytest.raises(IncompatibleInput, match="maps 16 to 32 features"):
         generate(engine, request, files)
 

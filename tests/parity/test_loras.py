@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -202,6 +203,11 @@ def test_loras_that_do_not_fit_are_refused_and_change_nothing(tmp_path: Path, fi
             tmp_path / "i.safetensors",
             **{f"{layer.replace('to_q', 'norm_q')}.lora_A.weight": torch.ones(RANK, 16)},
         ),
+        "weight is empty": write_changed(
+            files[0],
+            tmp_path / "j.safetensors",
+            **{f"{layer}.lora_A.weight": torch.ones(0, 32), f"{layer}.lora_B.weight": torch.ones(32, 0)},
+        ),
         "features": write_changed(
             files[0], tmp_path / "a.safetensors", **{"transformer.x_embedder.lora_A.weight": wider}
         ),
@@ -214,6 +220,28 @@ def test_loras_that_do_not_fit_are_refused_and_change_nothing(tmp_path: Path, fi
             generate(engine, request_with(1.0, 1.0)[0], files[0], path)
         assert fingerprint(engine) == before
         assert difference(generate(engine, request_with(1.0)[0], files[0]), good) == 0
+
+
+@pytest.mark.parametrize("alpha", [-1.0, -math.inf, math.inf, math.nan])
+def test_an_alpha_that_diffusers_would_never_end_with_is_refused(tmp_path: Path, alpha: float) -> None:
+    layer = "lora_unet_double_blocks_0_img_attn_proj"
+    tensors = {f"{layer}.lora_down.weight": torch.ones(RANK, 32), f"{layer}.lora_up.weight": torch.ones(32, RANK)}
+    save_file({**tensors, f"{layer}.alpha": torch.tensor(alpha)}, tmp_path / "a.safetensors")
+    with pytest.raises(IncompatibleInput, match="alpha is not a single number from 0"):
+        generate(tiny_flux.engine(), request_with(1.0)[0], tmp_path / "a.safetensors")
+
+
+def test_a_lora_cannot_overwrite_that_of_another_client(tmp_path: Path, files: list[Path]) -> None:
+    engine = tiny_flux.engine()
+    request, both = request_with(1.0)[0], request_with(1.0, 1.0)[0]
+    expected = generate(engine, request, files[1])
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    victim = {f"{layer}.lora_A.{files[1].stem}.weight": torch.ones(RANK, 16)}
+    hostile = write_changed(files[1], tmp_path / "hostile.safetensors", **victim)
+    for attack, paths in ((request, [hostile]), (both, [files[1], hostile])):
+        with pytest.raises(IncompatibleInput, match="is not one of a LoRA's matrices"):
+            generate(engine, attack, *paths)
+    assert difference(generate(engine, request, files[1]), expected) == 0
 
 
 def test_a_lora_that_fails_does_not_change_other_images(tmp_path: Path, files: list[Path]) -> None:
