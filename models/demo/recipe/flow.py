@@ -29,8 +29,8 @@ from models.demo.recipe.scenes import Box
 FILE, BEST = WORK / "flow.pt", WORK / "best.pt"
 #: The number of iterations from one chunk of new scenes to the next, until the pool is full.
 ITERATIONS_A_CHUNK = 60
-#: Until this share of the iterations, images lack most of their background.
-CROPPED = 0.9
+#: The share of the iterations whose images lack most of their background, until the last tenth, which has none.
+CROPPED, LAST_CROPPED = 0.6, 0.9
 #: The share of the tokens far from objects that such an image keeps.
 KEPT_BACKGROUND = 0.15
 #: The decay of the average weights per iteration.
@@ -99,7 +99,7 @@ class Trainer:
         """Return scaled latents of one size, a caption for each, and the tokens to train on; None for all tokens."""
         size = pick_size(rng, self.is_early)
         boxes, kept = None, None
-        if self.iteration < CROPPED * self.plan.flow_iterations:
+        if self.iteration < LAST_CROPPED * self.plan.flow_iterations and rng.random() < CROPPED:
             boxes = self.pool.pick_boxes(size, rng)
             kept = kept_tokens(size, boxes, rng)
         num_tokens = flow_times.tokens_of(size) if kept is None else len(kept.indices)
@@ -180,7 +180,7 @@ def loss_of(
     device = latents.device
     noise = torch.randn(latents.shape, generator=generator).to(device)
     num_tokens = latents.shape[2] * latents.shape[3] // 4
-    sigmas = flow_times.sample(len(latents), num_tokens, generator).to(device)
+    sigmas = flow_times.sample(len(latents), num_tokens, generator, is_cropped=kept is not None).to(device)
     # Draw any guidance scale, so that the model learns to ignore the one in a request.
     guidance = (1 + 9 * torch.rand(len(latents), generator=generator)).to(device)
     mixed = torch.lerp(latents, noise, sigmas[:, None, None, None])
