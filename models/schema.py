@@ -147,8 +147,10 @@ def _is_required(model: type[BaseModel], name: str) -> bool:
     return field is not None and field.is_required()
 
 
-class LoraWeight(InputPart):
+class LoraWeight(BaseModel):
     """LoRA weights and their scale."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
     path: Annotated[
         str,

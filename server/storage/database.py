@@ -41,7 +41,7 @@ class _FileIdentity:
     def __init__(self, file: Path) -> None:
         self._file, self._log = file, file.with_name(f"{FILE}-wal")
         self.is_lost = False
-        self._file_id, self._log_id = _identity(file), _identity(self._log)
+        self._file_id, self._log_id = _id(_stat(file)), _id(_stat(self._log))
         self.remember_size()
 
     def remember_size(self) -> None:
@@ -54,22 +54,27 @@ class _FileIdentity:
 
         The write-ahead log of a replaced file is renamed, because SQLite would copy the log into the new file.
         """
-        if not self.is_lost and _identity(self._file) == self._file_id and self._file.stat().st_size == self._size:
+        # One look for identity and size: the file can vanish at any time.
+        now = _stat(self._file)
+        if not self.is_lost and now and _id(now) == self._file_id and now.st_size == self._size:
             return
-        if not self.is_lost and _identity(self._log) == self._log_id:
+        if not self.is_lost and _id(_stat(self._log)) == self._log_id:
             self._log.rename(f"{self._log}.replaced")
         self.is_lost = True
         problem = f"{self._file} was replaced or written to by another program while the server ran"
         raise ReplacedDatabase(f"{problem}; stop the server before you restore it from a backup")
 
 
-def _identity(file: Path) -> tuple[int, int] | None:
-    """Return a file's device and inode, or None if there is no file."""
-    try:
-        stat = file.stat()
-    except FileNotFoundError:
-        return None
-    return stat.st_dev, stat.st_ino
+def _stat(file: Path) -> os.stat_result | None:
+    """Return what the system knows of a file, or None if there is no file."""
+    with suppress(FileNotFoundError):
+        return file.stat()
+    return None
+
+
+def _id(stat: os.stat_result | None) -> tuple[int, int] | None:
+    """Return a file's device and inode; None for no file."""
+    return (stat.st_dev, stat.st_ino) if stat else None
 
 
 @contextmanager
