@@ -32,20 +32,20 @@ class LoraAdapter:
     """LoRA weights in a safetensors file, and their scale.
 
     With a control LoRA, the transformer takes the latents of a control image next to its own. The server's own control
-    LoRAs have a name in `specs.CONTROL_LORAS` and no `loc`. All other LoRAs are in content-addressed files, and `loc`
-    is the path of the field that names them in the request.
+    LoRAs have a `control_name`, from `specs.CONTROL_LORAS`, and no `loc`. All other LoRAs are in content-addressed
+    files, and `loc` is the path of the field that names them in the request.
     """
 
     path: Path
     scale: float
     is_control: bool = False
-    own_name: str = ""
+    control_name: str = ""
     loc: tuple[str | int, ...] | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
         """The adapter's name in peft, without dots, which the names of modules cannot contain."""
-        return self.own_name or self.path.stem.replace(".", "_")
+        return self.control_name or self.path.stem.replace(".", "_")
 
     @property
     def num_bytes(self) -> int:
@@ -64,10 +64,11 @@ def adapters_of(
     loras = []
     if control_lora == OWN:
         loc = ("control_loras", 0, "path")
-        loras.append(LoraAdapter(inputs["control_loras.0.path"], request.control_loras[0].scale, True, loc=loc))
+        file, scale = inputs["control_loras.0.path"], request.control_loras[0].scale
+        loras.append(LoraAdapter(file, scale, is_control=True, loc=loc))
     elif control_lora:
         file, strength = control_loras[control_lora], request.control_lora_strength
-        loras.append(LoraAdapter(file, strength, True, control_lora))
+        loras.append(LoraAdapter(file, strength, is_control=True, control_name=control_lora))
     for place, lora in enumerate(getattr(request, "loras", ())):
         loras.append(LoraAdapter(inputs[f"loras.{place}.path"], lora.scale, loc=("loras", place, "path")))
     return tuple(loras)
