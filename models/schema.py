@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -55,6 +55,16 @@ def input_urls(request: BaseModel, loc: tuple[str | int, ...] = ()) -> Iterator[
         for place, inner in enumerate(value) if isinstance(value, list | tuple) else ():
             if isinstance(inner, BaseModel):
                 yield from input_urls(inner, (*loc, name, place))
+
+
+def image_inputs(model: type[BaseModel]) -> Iterator[str]:
+    """Yield the path of each field that takes an image, such as "image_url" or "control_loras.control_image_url"."""
+    for name, field in model.model_fields.items():
+        if InputURL("image") in field.metadata:
+            yield name
+        for item in get_args(field.annotation) if get_origin(field.annotation) is list else ():
+            if isinstance(item, type) and issubclass(item, BaseModel):
+                yield from (f"{name}.{path}" for path in image_inputs(item))
 
 
 OutputFormat = Literal["jpeg", "png"]

@@ -1,32 +1,43 @@
-// The playground page: choose an endpoint, fill in its form, run it, follow the request and keep a history.
+// The playground page: choose an endpoint, fill in its form, run it, and look at the results.
 
 import * as api from "./api.js";
-import * as codeSamples from "./code_samples.js";
-import * as form from "./form.js";
 import { askForKey, withKey } from "./api_key.js";
+import { byId, element } from "./elements.js";
+import * as form from "./form.js";
+import { dropped } from "./image_files.js";
 import * as recentRuns from "./recent_runs.js";
-import { Run } from "./run.js";
+import * as results from "./results.js";
+import * as tabs from "./tabs.js";
+import { imageToImageFor } from "./targets.js";
 
-const byId = (id) => document.getElementById(id);
-
-let config = { endpoints: [], paint_over: [], needs_key: false };
+const config = await api.playgroundConfig();
+const schemas = new Map();
 let endpoint = "";
 let fields = new Map();
-
 let latestChoice = 0;
 
-// Show another endpoint's form. The latest choice wins, whichever description arrives first.
+// Return an endpoint's schema: { properties, order, required, schemas }.
+function schemaOf(name) {
+  if (!schemas.has(name)) {
+    const loading = api.openApiOf(name).then(form.schemaOf);
+    schemas.set(name, loading);
+    loading.catch(() => schemas.delete(name));
+  }
+  return schemas.get(name);
+}
+
+// Show another endpoint's form. The latest choice wins, whichever schema arrives first.
 async function choose(name) {
   const choice = (latestChoice += 1);
   delete document.body.dataset.ready;
   try {
-    const openApi = await api.openApiOf(name);
+    const schema = await schemaOf(name);
     if (choice !== latestChoice) return;
     endpoint = name;
     localStorage.setItem("endpoint", name);
     byId("llms").href = `models/${name}/llms.txt`;
     const { prompt, image_url, image_size, seed } = form.read(fields);
-    fields = form.build(openApi, { first: byId("fields"), more: byId("more") }, showCode);
+    fields = form.build(schema, { first: byId("fields"), more: byId("more") }, onChange);
     // Keep these values from the previous form; the other fields start with the new endpoint's defaults.
     for (const [field, value] of Object.entries({ prompt, image_url, image_size, seed })) {
       if (value !== undefined) fields.get(field)?.write(value);
@@ -41,27 +52,47 @@ async function choose(name) {
   document.body.dataset.ready = endpoint;
 }
 
-const showCode = () => codeSamples.show(byId("code"), endpoint, form.read(fields), { needsKey: config.needs_key, url: api.origin });
+function onChange() {
+  showCode();
+}
+
+// Show the current form as programs, once the code tab is open.
+async function showCode() {
+  if (byId("code").hidden) return;
+  const { show } = await import("./code_samples.js");
+  show(byId("code"), endpoint, form.read(fields), { needsKey: config.needs_key, url: api.origin });
+}
 
 async function useSettings(name, input) {
   if (name !== endpoint) await choose(name);
   if (name !== endpoint) return;
   form.write(fields, input);
-  showCode();
+  onChange();
   byId("form").scrollIntoView({ block: "nearest" });
 }
 
-// The image-to-image variant of an endpoint, or the first image-to-image endpoint if there is none.
-const imageToImageFor = (name) => config.paint_over.find((variant) => variant === `${name}/image-to-image`) ?? config.paint_over[0];
+// Put an image into a field of an endpoint's form, and keep the rest of the form if it is that endpoint's.
+async function useAsInput(url, name, path, prompt) {
+  if (name !== endpoint) await choose(name);
+  if (name !== endpoint) return;
+  form.writeImage(fields, path, url);
+  if (prompt && !fields.get("prompt")?.read()) fields.get("prompt")?.write(prompt);
+  onChange();
+  form.focus(fields, path);
+}
 
-async function submit() {
-  const input = form.read(fields);
+async function submit(name, input) {
+  const { request_id: requestId } = await withKey(() => api.submit(name, input));
+  const request = { endpoint: name, requestId, input, startedAt: Date.now() };
+  results.follow(results.add(request));
+  recentRuns.add(request);
+}
+
+async function run() {
+  if (!(await form.settled(fields))) return;
   byId("problem").textContent = form.showProblems(fields, []);
   try {
-    const { request_id: requestId } = await withKey(() => api.submit(endpoint, input));
-    const request = { endpoint, requestId, input, startedAt: Date.now() };
-    follow(show(request));
-    recentRuns.add(request);
+    await submit(endpoint, form.read(fields));
   } catch (error) {
     byId("problem").textContent =
       error instanceof api.ApiError && error.problems.length
@@ -70,79 +101,41 @@ async function submit() {
   }
 }
 
-function show(request, isOld = false) {
-  byId("empty").hidden = true;
-  const useAsInput = (url) => useSettings(imageToImageFor(request.endpoint), { prompt: request.input.prompt, image_url: url });
-  const run = new Run(request, {
-    useSettings,
-    useAsInput: config.paint_over.length ? useAsInput : null,
-    onSeed: (seed) => isOld || fields.get("seed")?.setLastSeed?.(seed),
-    onDelete: () => {
-      recentRuns.remove(request.requestId);
-      byId("empty").hidden = byId("runs").children.length > 0;
-    },
-  });
-  byId("runs")[isOld ? "append" : "prepend"](run.node);
-  return run;
+// An image dropped next to the fields goes to the form's first image input, or to an endpoint that takes an image.
+function onDrop(event) {
+  event.preventDefault();
+  const own = config.image_inputs[endpoint]?.[0];
+  const { url } = dropped(event.dataTransfer);
+  if (own) fields.get(own.split(".")[0])?.drop?.(event.dataTransfer);
+  else if (url && config.paint_over.length) useAsInput(url, imageToImageFor(config, endpoint), "image_url");
 }
 
-const follow = (run) => withKey(() => run.follow()).catch((error) => run.fail(error));
-
-// Load this key's other requests from the server, page by page, including those of other browsers and programs.
-let cursor = null;
-async function showEarlier() {
-  const page = await withKey(() => api.listRequests(cursor));
-  const known = new Set([...byId("runs").children].map((node) => node.dataset.requestId));
-  for (const item of page.items.filter(({ request_id: id }) => !known.has(id))) {
-    const { request_id: requestId, endpoint_id, json_input: input, sent_at } = item;
-    const run = show({ endpoint: endpoint_id, requestId, input, startedAt: Date.parse(sent_at) }, true);
-    if (item.status_code === 200 && item.json_output) run.finish(item.json_output);
-    else follow(run);
-  }
-  cursor = page.next_cursor;
-  byId("earlier").hidden = !page.has_more;
-}
-
-byId("earlier").addEventListener("click", () => showEarlier().catch((error) => (byId("problem").textContent = error.message)));
-
-const tabs = [...document.querySelectorAll("[role=tab]")];
-for (const tab of tabs) {
-  tab.addEventListener("click", () => {
-    for (const each of tabs) {
-      const isChosen = each === tab;
-      each.setAttribute("aria-selected", String(isChosen));
-      each.tabIndex = isChosen ? 0 : -1;
-      byId(each.getAttribute("aria-controls")).hidden = !isChosen;
-    }
-  });
-  tab.addEventListener("keydown", ({ key }) => {
-    if (!["ArrowLeft", "ArrowRight"].includes(key)) return;
-    const other = tabs.find((each) => each !== tab);
-    other.focus();
-    other.click();
-  });
-}
-
+tabs.start(byId("tabs"), showCode);
 byId("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  submit();
+  run();
 });
+byId("form").addEventListener("dragover", (event) => event.preventDefault());
+byId("form").addEventListener("drop", onDrop);
 document.addEventListener("keydown", (event) => {
   const isSubmit = (event.ctrlKey || event.metaKey) && event.key === "Enter" && !event.repeat;
-  if (isSubmit && !byId("ask").open) submit();
+  if (isSubmit && !document.querySelector("dialog[open]")) run();
 });
 byId("reset").addEventListener("click", () => {
   form.write(fields, {});
   form.showProblems(fields, []);
-  showCode();
+  onChange();
 });
 byId("endpoint").addEventListener("change", () => choose(byId("endpoint").value));
-
-config = await api.playgroundConfig();
 byId("key").hidden = !config.needs_key;
 byId("key").addEventListener("click", () => askForKey());
-byId("endpoint").append(...config.endpoints.map((name) => form.element("option", { textContent: name })));
+byId("endpoint").append(...config.endpoints.map((name) => element("option", { textContent: name })));
+
 const last = localStorage.getItem("endpoint");
 const first = config.endpoints.includes("fal-ai/flux/dev") ? "fal-ai/flux/dev" : config.endpoints[0];
 await choose(config.endpoints.includes(last) ? last : first);
-for (const request of recentRuns.all()) follow(show(request, true));
+results.start({
+  config, useSettings, useAsInput, submit,
+  schemaOf: async (name) => (await schemaOf(name)).properties,
+  onSeed: (seed) => fields.get("seed")?.setLastSeed?.(seed),
+});

@@ -1,6 +1,6 @@
 // The current form as programs to copy and run. Each program sends its request to this server.
 
-import { element } from "./form.js";
+import { element } from "./elements.js";
 
 const shell = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
 const python = (value) =>

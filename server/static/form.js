@@ -1,30 +1,34 @@
-// A form built from an endpoint's schema: each property becomes one field, in the schema's order.
+// A form built from an endpoint's schema: each property becomes one field.
 
-import { localUrl, upload } from "./api.js";
-import { withKey } from "./api_key.js";
+import { button, element } from "./elements.js";
+import { fileField } from "./file_field.js";
 
-// The fields that most people change. The other fields are under "More settings".
+// The fields that most people change, in the order in which they are shown. The other fields are under "More settings",
+// in the schema's order.
 const FIRST = ["prompt", "image_url", "mask_url", "loras", "image_size", "strength", "num_images", "seed"];
 
-export const element = (tag, attributes = {}, ...children) => {
-  const node = Object.assign(document.createElement(tag), attributes);
-  node.append(...children);
-  return node;
-};
+// Return the input of an endpoint's OpenAPI document: { properties, order, required, schemas }.
+export function schemaOf(openApi) {
+  const schemas = openApi.components.schemas;
+  const input = Object.values(schemas).find((each) => each.title?.endsWith("Input") && each["x-fal-order-properties"]);
+  const properties = Object.fromEntries(Object.entries(input.properties).map(([name, property]) => [name, resolve(property, schemas)]));
+  return { properties, order: input["x-fal-order-properties"], required: input.required ?? [], schemas };
+}
 
 // Build the form. Returns its fields by name, each { node, read() -> value or undefined, write(value),
 // showProblem(message) }.
-export function build(openApi, containers, onChange) {
-  const schemas = openApi.components.schemas;
-  const schema = Object.values(schemas).find((each) => each.title?.endsWith("Input") && each["x-fal-order-properties"]);
+export function build({ properties, order, required, schemas }, containers, onChange) {
   const fields = new Map();
   for (const container of Object.values(containers)) container.replaceChildren();
-  for (const name of schema["x-fal-order-properties"]) {
-    const field = createField(name, resolve(schema.properties[name], schemas), schemas);
-    field.isRequired = schema.required?.includes(name) ?? false;
+  for (const name of order) {
+    const field = createField(name, properties[name], schemas);
     field.node.addEventListener("input", onChange);
     fields.set(name, field);
-    (FIRST.includes(name) || field.isRequired ? containers.first : containers.more).append(field.node);
+  }
+  const isFirst = (name) => FIRST.includes(name) || required.includes(name);
+  const rank = (name) => (FIRST.indexOf(name) + 1 || FIRST.length + 1);
+  for (const name of [...order].sort((a, b) => rank(a) - rank(b))) {
+    (isFirst(name) ? containers.first : containers.more).append(fields.get(name).node);
   }
   return fields;
 }
@@ -34,6 +38,29 @@ export const read = (fields) =>
 
 export function write(fields, values) {
   for (const [name, field] of fields) field.write(values[name]);
+}
+
+// Put an image's URL into a field, given by its path: a name, or the names of a list and of a field of its items.
+export function writeImage(fields, path, url) {
+  const [name, inner] = path.split(".");
+  const field = fields.get(name);
+  if (!inner) return field.write(url);
+  const [first = {}, ...others] = field.read() ?? [];
+  return field.write([{ ...first, [inner]: url }, ...others]);
+}
+
+// Move the focus to a field, and open "More settings" if the field is there.
+export function focus(fields, path) {
+  const { node } = fields.get(path.split(".")[0]);
+  const details = node.closest("details");
+  if (details) details.open = true;
+  node.scrollIntoView({ block: "nearest" });
+  node.querySelector("input, textarea, select, button")?.focus();
+}
+
+// Wait until every upload ends. Returns false if one failed.
+export async function settled(fields) {
+  return (await Promise.all([...fields.values()].map((field) => field.settled?.() ?? true))).every(Boolean);
 }
 
 // Show each problem at its field and focus the first. Returns the problems that belong to no field, one per line.
@@ -56,7 +83,7 @@ function createField(name, property, schemas) {
   const choices = property.enum;
   if (name === "image_size") return sizeField(name, property);
   if (property.type === "array") return listField(name, property, resolve(property.items, schemas));
-  if (/(^|_)url$|^path$/.test(name)) return fileField(name, property);
+  if (/(^|_)url$|^path$/.test(name)) return fileField(name, property, frame);
   if (choices) return choiceField(name, property, choices);
   if (property.type === "boolean") return switchField(name, property);
   if (name === "seed") return seedField(name, property);
@@ -188,46 +215,6 @@ function sizeField(name, property) {
   return { ...frame(name, property, group), read: () => size, write: choose };
 }
 
-// A URL that is typed or pasted, or a file that is dropped, pasted or chosen and then uploaded to this server.
-function fileField(name, property) {
-  const control = element("input", { type: "text", placeholder: "https://… or drop a file here" });
-  const picker = element("input", { type: "file", hidden: true });
-  const choose = element("button", { type: "button", textContent: "Choose file" });
-  const preview = element("img", { alt: "", hidden: true });
-  const showPreview = () => {
-    preview.hidden = !/^data:image\/|\/files\//.test(control.value);
-    if (!preview.hidden) preview.src = localUrl(control.value);
-  };
-  const field = frame(name, property, control, element("span", { className: "row" }, choose, picker, preview));
-  const uploadFile = async (file) => {
-    if (!file) return;
-    field.showProblem("");
-    control.value = "Uploading…";
-    try {
-      control.value = await withKey(() => upload(file));
-    } catch (error) {
-      control.value = "";
-      field.showProblem(error.message);
-    }
-    control.dispatchEvent(new Event("input", { bubbles: true }));
-    showPreview();
-  };
-  choose.addEventListener("click", () => picker.click());
-  picker.addEventListener("change", () => uploadFile(picker.files[0]));
-  control.addEventListener("input", showPreview);
-  control.addEventListener("paste", (event) => uploadFile(event.clipboardData.files[0]));
-  field.node.addEventListener("dragover", (event) => event.preventDefault());
-  field.node.addEventListener("drop", (event) => {
-    event.preventDefault();
-    uploadFile(event.dataTransfer.files[0]);
-  });
-  const write = (value) => {
-    control.value = value ?? "";
-    showPreview();
-  };
-  return { ...field, read: () => control.value || undefined, write };
-}
-
 // A list of objects, such as LoRAs. Each item is a small form.
 function listField(name, property, item) {
   const list = element("div", { className: "list" });
@@ -259,5 +246,6 @@ function listField(name, property, item) {
     for (const row of rows.splice(0)) row.node.remove();
     for (const value of values) add(value);
   };
-  return { ...frame(name, property, list), read: () => (rows.length ? rows.map((row) => read(row.fields)) : undefined), write };
+  const settledRows = async () => (await Promise.all(rows.map((row) => settled(row.fields)))).every(Boolean);
+  return { ...frame(name, property, list), settled: settledRows, write, read: () => (rows.length ? rows.map((row) => read(row.fields)) : undefined) };
 }

@@ -1,31 +1,35 @@
-// One request on the page: its position in the queue, its steps and preview, then its images.
+// One request in the grid: its position in the queue, its steps and preview, then its images.
 
 import * as api from "./api.js";
-import { element } from "./form.js";
+import { button, element } from "./elements.js";
+import { figure } from "./figure.js";
 
-const button = (label, action) => {
-  const node = element("button", { type: "button", textContent: label });
-  node.addEventListener("click", action);
-  return node;
-};
+const NO_SEED = "no seed";
 
 export class Run {
-  constructor(request, { useSettings, useAsInput, onSeed, onDelete }) {
+  // `actions` are the functions that the buttons call: { useSettings(run), vary(run, index), onFinish(run),
+  // onDelete(run), ... }; figure.js lists those of an image.
+  constructor(request, actions) {
     this.request = request;
-    this.useAsInput = useAsInput;
-    this.onSeed = onSeed;
-    this.onDelete = onDelete;
+    this.actions = actions;
+    this.results = [];
     this.state = element("p", { className: "state", textContent: "Sending…" });
     this.state.setAttribute("role", "status");
     this.bar = element("progress", { max: 1, ariaLabel: "Steps" });
     this.images = element("div", { className: "images" });
-    this.cancel = button("Cancel", () => api.cancel(request));
+    this.cancelButton = button("Cancel", () => this.cancel());
+    this.varyButton = button("Variations", () => actions.vary(this, 0), { hidden: true, title: "Three more, with neighbouring seeds" });
     this.raw = element("pre", { tabIndex: 0 });
     this.logs = element("pre", { tabIndex: 0 });
-    const prompt = element("p", { className: "prompt", textContent: request.input.prompt ?? "" });
+    this.node = this.card();
+  }
+
+  card() {
+    const { request } = this;
+    const prompt = element("p", { className: "prompt", textContent: request.input.prompt ?? "", title: request.input.prompt ?? "" });
     const actions = element(
-      "div", { className: "actions" }, this.cancel,
-      button("Use these settings", () => useSettings(request.endpoint, this.settings())),
+      "div", { className: "actions" }, this.cancelButton, this.varyButton,
+      button("Use these settings", () => this.actions.useSettings(this)),
       button("Delete", () => this.delete()),
     );
     const more = element(
@@ -33,9 +37,13 @@ export class Run {
       element("pre", { tabIndex: 0, textContent: `${request.endpoint}\n${JSON.stringify(request.input, null, 2)}` }), this.raw, this.logs,
     );
     const startedAt = new Date(request.startedAt);
-    const time = element("time", { dateTime: startedAt.toISOString(), textContent: startedAt.toLocaleString() });
-    this.node = element("li", { className: "run" }, prompt, time, this.state, this.bar, this.images, actions, more);
-    this.node.dataset.requestId = request.requestId;
+    const time = element("time", {
+      dateTime: startedAt.toISOString(), title: startedAt.toLocaleString(),
+      textContent: startedAt.toLocaleTimeString([], { hour: "numeric", minute: "2-digit" }),
+    });
+    const node = element("li", { className: "run" }, this.images, prompt, this.bar, element("div", { className: "about" }, this.state, time), actions, more);
+    node.dataset.requestId = request.requestId;
+    return node;
   }
 
   // Return the input that reproduces the images. A seed that the server chose is known once the request completes.
@@ -68,6 +76,7 @@ export class Run {
       UNREACHABLE: "Cannot reach the server, retrying…",
     };
     this.state.textContent = labels[status];
+    this.actions.onUpdate?.(this, status, position);
   }
 
   showPreview(url) {
@@ -77,26 +86,17 @@ export class Run {
   finish(output) {
     const seconds = output.timings?.inference;
     this.seed = output.seed;
+    this.seconds = seconds;
     this.node.dataset.status = "COMPLETED";
-    this.onSeed(output.seed);
-    this.end(`Seed ${output.seed}${seconds === undefined ? "" : `, ${seconds.toFixed(2)} s`}`);
+    this.end(`Seed ${output.seed ?? NO_SEED}${seconds === undefined ? "" : `, ${seconds.toFixed(2)} s`}`);
     this.raw.textContent = JSON.stringify(output, null, 2);
-    this.images.replaceChildren(
-      ...output.images.map(({ url, width, height }, index) => this.figure(api.localUrl(url), width, height, output.has_nsfw_concepts[index])),
-    );
-  }
-
-  figure(url, width, height, isFlagged) {
-    const image = element("img", { src: url, width, height, alt: this.request.input.prompt ?? "", className: isFlagged ? "flagged" : "" });
-    image.addEventListener("error", () => image.replaceWith("This image is no longer stored, or only its owner can view it."));
-    const link = element("a", { href: url, textContent: "Download", download: "" });
-    const copy = button("Copy link", () => navigator.clipboard.writeText(url));
-    const caption = element("figcaption", {}, isFlagged ? "Flagged by the safety checker. " : "", link, copy);
-    if (this.useAsInput) caption.append(button("Use as input", () => this.useAsInput(url)));
-    if (isFlagged) caption.append(button("Show", (event) => {
-      event.target.textContent = image.classList.toggle("flagged") ? "Show" : "Blur";
+    this.results = output.images.map(({ url, width, height }, index) => ({
+      run: this, index, url: api.localUrl(url), width, height, isFlagged: Boolean(output.has_nsfw_concepts?.[index]),
     }));
-    return element("figure", {}, image, caption);
+    this.images.replaceChildren(...this.results.map((result) => figure(result, this.actions)));
+    this.images.dataset.count = this.results.length;
+    this.varyButton.hidden = false;
+    this.actions.onFinish?.(this);
   }
 
   fail(error) {
@@ -108,16 +108,23 @@ export class Run {
 
   end(state) {
     this.state.textContent = state;
-    this.bar.hidden = this.cancel.hidden = true;
+    this.bar.hidden = this.cancelButton.hidden = true;
     this.isDone = true;
+    this.actions.onEnd?.(this);
     if (this.isDeleted) api.deleteRequest(this.request);
   }
 
+  cancel() {
+    return api.cancel(this.request);
+  }
+
   // Remove the request from the page and, with its images, from the server. A running request is cancelled first.
+  // Returns whether the user agreed.
   async delete() {
+    if (this.results.length && !(await this.actions.confirmDelete(this))) return false;
     this.isDeleted = true;
-    this.node.remove();
-    this.onDelete();
-    await (this.isDone ? api.deleteRequest(this.request) : api.cancel(this.request));
+    this.actions.onDelete(this);
+    await (this.isDone ? api.deleteRequest(this.request) : this.cancel());
+    return true;
   }
 }

@@ -1,10 +1,9 @@
 // The operator's status page, refreshed every few seconds.
 
 import * as api from "./api.js";
-import { element } from "./form.js";
+import { byId, element } from "./elements.js";
 import { withKey } from "./api_key.js";
 
-const byId = (id) => document.getElementById(id);
 const REFRESH_INTERVAL_MS = 5000;
 
 const seconds = (value) => {

@@ -275,3 +275,10 @@ def test_the_playground_changes_results_with_image_to_image_and_not_with_inpaint
     endpoints = client.get("/playground.json").json()["paint_over"]
     assert {"fal-ai/flux/dev/image-to-image", "fal-ai/flux-krea-lora/image-to-image"} <= set(endpoints)
     assert not any(endpoint.endswith("/inpainting") for endpoint in endpoints)
+
+
+def test_the_playground_knows_every_image_input(client: httpx.Client) -> None:
+    inputs = client.get("/playground.json").json()["image_inputs"]
+    assert inputs["fal-ai/flux/dev/image-to-image"] == ["image_url"]
+    assert inputs["fal-ai/flux-general/inpainting"] == ["control_loras.control_image_url", "image_url", "mask_url"]
+    assert "fal-ai/flux/dev" not in inputs

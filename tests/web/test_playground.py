@@ -83,9 +83,14 @@ def press(page: Page, prompt: str) -> None:
 def run(page: Page, prompt: str) -> Any:
     """Enter a prompt and press Run; return the new run, which is the first in the list."""
     press(page, prompt)
-    newest = page.locator("#runs > li").first
+    newest = page.locator("#runs > li.run").first
     expect(newest.locator(".prompt")).to_have_text(prompt)
     return newest
+
+
+def confirm_delete(page: Page) -> None:
+    """Agree in the dialog that asks whether to delete a request with images."""
+    page.locator("dialog.confirm").get_by_role("button", name="Delete").click()
 
 
 def test_run_shows_the_image(page: Page) -> None:
@@ -111,12 +116,12 @@ def test_run_shows_queue_position_steps_and_cancel(page: Page, gate: Gate) -> No
     cancelled.get_by_role("button", name="Cancel").click()
     expect(cancelled.locator(".state")).to_contain_text("cancelled")
     gate.release(2)
-    oldest = page.locator("#runs > li").nth(2)
+    oldest = page.locator("#runs > li.run").nth(2)
     expect(oldest.locator(".state")).to_have_text("Step 2 of 3")
     expect(oldest.locator(".preview")).to_be_visible()
     gate.release_all()
     expect(oldest.locator("figure img")).to_be_visible()
-    expect(page.locator("#runs > li").nth(1).locator("figure img")).to_be_visible()
+    expect(page.locator("#runs > li.run").nth(1).locator("figure img")).to_be_visible()
 
 
 def test_history_survives_a_reload_and_reproduces_the_image(page: Page) -> None:
@@ -124,7 +129,7 @@ def test_history_survives_a_reload_and_reproduces_the_image(page: Page) -> None:
     first = run(page, "kept")
     source = first.locator("figure img").get_attribute("src")
     page.reload()
-    reloaded = page.locator("#runs > li").first
+    reloaded = page.locator("#runs > li.run").first
     expect(reloaded.locator("figure img")).to_have_attribute("src", str(source))
     reloaded.get_by_role("button", name="Use these settings").click()
     expect(page.get_by_label("Prompt")).to_have_value("kept")
@@ -132,8 +137,9 @@ def test_history_survives_a_reload_and_reproduces_the_image(page: Page) -> None:
     rerun = run(page, "kept")
     expect(rerun.locator("figure img")).not_to_have_attribute("src", str(source))
     assert pixel_of(rerun.locator("figure img")) == pixel_of(reloaded.locator("figure img"))
-    rerun.get_by_role("button", name="Delete").click()
-    reloaded.get_by_role("button", name="Delete").click()
+    for each in (rerun, reloaded):
+        each.get_by_role("button", name="Delete").click()
+        confirm_delete(page)
     expect(page.get_by_text("Images you generate appear here.")).to_be_visible()
 
 
@@ -147,12 +153,12 @@ def test_earlier_requests_of_the_key_are_listed(browser: Browser, playing: Serve
             client.post("/test/null", json={"prompt": f"elsewhere {number}"}).raise_for_status()
     earlier = page.get_by_role("button", name="Show earlier requests")
     earlier.click()
-    expect(page.locator("#runs > li")).to_have_count(21)
+    expect(page.locator("#runs > li.run")).to_have_count(21)
     expect(page.get_by_role("img", name="elsewhere 20")).to_be_visible()
     earlier.click()
-    failed = page.locator("#runs > li", has_text="failed elsewhere")
+    failed = page.locator("#runs > li.run", has_text="failed elsewhere")
     expect(failed.locator(".state")).to_have_text("Internal Server Error")
-    expect(page.locator("#runs > li .prompt", has_text="my own")).to_have_count(1)
+    expect(page.locator("#runs > li.run .prompt", has_text="my own")).to_have_count(1)
 
 
 def test_seed_is_locked_and_randomized(page: Page) -> None:
@@ -283,7 +289,7 @@ def test_many_requests_leave_a_connection_for_cancelling(page: Page, gate: Gate)
     choose(page, "test/null")
     for number in range(8):
         run(page, f"number {number}")
-    last = page.locator("#runs > li").first
+    last = page.locator("#runs > li.run").first
     expect(last.locator(".state")).to_have_text("Waiting, 7 requests ahead")
     last.get_by_role("button", name="Cancel").click()
     expect(last.locator(".state")).to_contain_text("cancelled")
@@ -304,8 +310,8 @@ def test_last_chosen_endpoint_wins(page: Page) -> None:
     """The description of the endpoint chosen first arrives last and is ignored."""
     choose(page, "test/null")
     held: list[Route] = []
-    page.route("**/openapi.json?endpoint_id=test%2Fcopy", lambda route: held.append(route))
-    page.get_by_label("Endpoint").select_option("test/copy")
+    page.route("**/openapi.json?endpoint_id=test%2Finpaint", lambda route: held.append(route))
+    page.get_by_label("Endpoint").select_option("test/inpaint")
     page.get_by_label("Endpoint").select_option("test/unsafe")
     page.wait_for_selector("body[data-ready='test/unsafe']")
     held[0].continue_()
@@ -321,6 +327,7 @@ def test_delete_removes_the_request_from_the_server(page: Page, playing: Server,
     source = str(shown.locator("figure img").get_attribute("src"))
     with page.expect_response(lambda response: response.request.method == "DELETE") as deleted:
         shown.get_by_role("button", name="Delete").click()
+        confirm_delete(page)
     assert deleted.value.status == 204
     assert httpx.get(source, trust_env=False).status_code == 404
     choose(page, "test/gate")
@@ -338,7 +345,7 @@ def test_missing_image_shows_a_message(page: Page, playing: Server) -> None:
     (playing.data_dir / "files" / output["images"][0]["url"].rpartition("/")[2]).unlink()
     page.wait_for_selector("body[data-ready]")
     page.get_by_role("button", name="Show earlier requests").click()
-    shown = page.locator("#runs > li", has_text="for a while").first
+    shown = page.locator("#runs > li.run", has_text="for a while").first
     expect(shown).to_contain_text("This image is no longer stored")
 
 

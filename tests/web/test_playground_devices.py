@@ -90,6 +90,29 @@ def test_playground_is_accessible(node: None, page: Page) -> None:
     assert violations(page) == []
 
 
+def test_dialogs_are_accessible(node: None, page: Page) -> None:
+    """Check the grid with two images, the lightbox with its keys, the question before a deletion, and a comparison."""
+    choose(page, "test/null")
+    for prompt in ("one image", "another image"):
+        expect(run(page, prompt).locator("figure img")).to_be_visible()
+    assert violations(page) == []
+    page.locator("a.open").first.click()
+    page.locator("dialog.lightbox").get_by_text("Keys").click()
+    assert violations(page) == []
+    assert fits(page)
+    page.locator("dialog.lightbox").get_by_role("button", name="Delete").click()
+    expect(page.locator("dialog.confirm")).to_be_visible()
+    assert violations(page) == []
+    page.keyboard.press("Escape")
+    for place in (0, 1):
+        page.locator("dialog.lightbox").get_by_role("button", name="Compare").click()
+        if place == 0:
+            page.locator("a.open").nth(1).click()
+    expect(page.locator("dialog.compare img")).to_have_count(2)
+    assert violations(page) == []
+    assert fits(page)
+
+
 def test_status_page_is_accessible(node: None, page: Page, playing: Server) -> None:
     httpx.post(f"{playing.url}/test/null", json={"prompt": "x"}, trust_env=False).raise_for_status()
     httpx.post(f"{playing.url}/test/raises", json={"prompt": "x"}, trust_env=False)
@@ -108,7 +131,7 @@ def test_playground_works_with_the_keyboard(page: Page) -> None:
             break
     page.keyboard.type("by keyboard")
     page.keyboard.press("Control+Enter")
-    expect(page.locator("#runs > li").first.locator("figure img")).to_be_visible()
+    expect(page.locator("#runs > li.run").first.locator("figure img")).to_be_visible()
     page.get_by_role("tab", name="Images").focus()
     page.keyboard.press("ArrowRight")
     expect(page.get_by_role("tab", name="Code")).to_be_focused()

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
+from models.schema import image_inputs
 from server.api.dependencies import get_services
 from server.api.responses import FalJSONResponse
 
@@ -64,9 +65,14 @@ async def docs() -> Response:
 async def playground_config(request: Request) -> Response:
     """Return the playground's configuration, which is public like llms.txt."""
     services = get_services(request)
+    inputs = {endpoint: list(image_inputs(model.Input)) for endpoint, model in services.models.items()}
     return FalJSONResponse(
         {
             "endpoints": list(services.models),
+            "image_inputs": {endpoint: paths for endpoint, paths in inputs.items() if paths},
+            "strength": [
+                endpoint for endpoint, model in services.models.items() if "strength" in model.Input.model_fields
+            ],
             "paint_over": [
                 endpoint
                 for endpoint, model in services.models.items()
