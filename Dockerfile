@@ -42,7 +42,7 @@ RUN pip --python /opt/flux-server/bin/python install -c "constraints/$TORCH_DEVI
 COPY --from=requirements /build/requirements.txt .
 # hadolint ignore=DL3042
 RUN pip --python /opt/flux-server/bin/python install -c "constraints/$TORCH_DEVICE.txt" -r requirements.txt
-# torchao provides the fp8 tiers, which need a PyTorch built for CUDA.
+# torchao quantizes weights, for smaller GPUs and for the fp8 tiers.
 # hadolint ignore=DL3013,DL3042
 RUN if /opt/flux-server/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then \
         pip --python /opt/flux-server/bin/python install -c "constraints/$TORCH_DEVICE.txt" torchao; \

@@ -112,7 +112,7 @@ clean:
 .venv/serve.done: .venv/bin/python pyproject.toml $(wildcard constraints/*.txt)
 	@echo "Installing; PyTorch alone is a large download, this may take minutes."
 	$(if $(TORCH_INDEX),$(PIP) install -q --no-compile -c constraints/$(TORCH_DEVICE).txt torch --index-url $(TORCH_INDEX))
-	$(PIP) install -q --no-compile -c constraints/$(TORCH_DEVICE).txt -e .
+	$(PIP) install -q --no-compile -c constraints/$(TORCH_DEVICE).txt -e '.$(if $(filter cuda,$(TORCH_DEVICE)),[quantize])'
 	touch $@
 
 .venv/dev.done: .venv/serve.done
@@ -121,7 +121,7 @@ clean:
 
 build/cuda/installed.done: pyproject.toml $(wildcard constraints/*.txt)
 	$(PYTHON) -m venv --clear build/cuda
-	build/cuda/bin/python -m pip --disable-pip-version-check install -q --no-compile -c constraints/cuda.txt -e '.[dev,fp8]'
+	build/cuda/bin/python -m pip --disable-pip-version-check install -q --no-compile -c constraints/cuda.txt -e '.[dev,quantize]'
 	touch $@
 
 build/peers/installed.done: bench/peer_servers/requirements.txt

@@ -54,7 +54,8 @@ class EngineConfig:
         device: "cuda", "cpu", or "auto" for a GPU if PyTorch can use one, else the CPU.
         dtype: "bfloat16", "float32", or "auto": float32 on a CPU that is slow in bfloat16 but has the memory, else
             bfloat16.
-        memory: the name of a plan in `models.loading.memory_plans`, or "auto" for the fastest plan that fits.
+        memory: the name of a plan in `models.loading.memory_plans`, or "auto" for the first that fits.
+        quantize: the form to which weights may be rounded at load: "none", "fp8", "int8", "int4", or "auto" for any.
         max_acceleration: the highest acceleration tier to offer; a request for a higher tier runs at most at this tier.
         is_eager: whether to compile nothing and run the same kernels as diffusers' pipeline.
         compile_cache: the directory for compiled code; None for PyTorch's default.
@@ -67,6 +68,7 @@ class EngineConfig:
     device: str = "auto"
     dtype: str = "auto"
     memory: str = "auto"
+    quantize: str = "auto"
     max_acceleration: str = "high"
     is_eager: bool = False
     compile_cache: Path | None = None

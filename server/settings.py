@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from models.loading.memory_plans import allowed
 from server.setting_types import (
     BaseURL,
     CommaSeparated,
@@ -80,10 +81,15 @@ class Settings(BaseModel):
         "Falconsai/nsfw_image_detection",
         description="Hugging Face id or directory of the safety checker, for weights that include none.",
     )
-    memory: Literal["auto", "resident", "fp8", "fp8-storage", "group-offload"] = Field(
+    memory: Literal["auto", "resident", "int8", "fp8", "fp8-storage", "int4", "group-offload"] = Field(
         "auto",
-        description="How to fit the weights into GPU memory: resident (all on the GPU), fp8 or fp8-storage (8"
-        " bits), group-offload (most in main memory), or auto for the fastest that fits.",
+        description="How to fit the weights into GPU memory: resident (all on the GPU), int8, fp8 or fp8-storage (8"
+        " bits), int4 (4 bits), group-offload (most in main memory), or auto for the first of these that fits.",
+    )
+    quantize: Literal["auto", "none", "fp8", "int8", "int4"] = Field(
+        "auto",
+        description="Form to which weights are rounded when they are loaded: none, fp8, int8, int4, or auto for none"
+        " where they fit and else as --memory auto chooses.",
     )
     max_acceleration: Literal["none", "regular", "high"] = Field(
         "high", description="Highest acceleration offered: none, regular or high; requests for more get this one."
@@ -92,7 +98,7 @@ class Settings(BaseModel):
     eager: bool = Field(
         False,
         description="Compile nothing: slower on a GPU, but with acceleration none, images equal diffusers' bit for bit"
-        " (except with --memory fp8-storage).",
+        " (unless --quantize rounds the weights).",
     )
     ray: str = Field(
         "",
@@ -194,6 +200,11 @@ class Settings(BaseModel):
         ports = [port for port in (self.port, self.tls_port, self.proxy_port) if port]
         if len(set(ports)) < len(ports):
             raise ValueError("--port, --tls-port and --proxy-port should differ")
+        return self
+
+    @model_validator(mode="after")
+    def _a_plan_is_allowed(self) -> "Settings":
+        allowed(self.memory, self.quantize)
         return self
 
     @property

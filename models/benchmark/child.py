@@ -98,7 +98,8 @@ def _load(config: EngineConfig, shape: str, device: str) -> tuple[Any, memory_pl
     dtype = devices.dtype_for(config.dtype, device, sum(stored.values()))
     free = devices.free_memory(device)
     sizes = random_weights.sizes(shape, dtype)
-    plan = memory_plans.choose(config.memory, sizes, free, memory_plans.Target(device, config.is_eager))
+    plans = memory_plans.allowed(config.memory, config.quantize)
+    plan = memory_plans.choose(plans, sizes, free, memory_plans.Target(device, config.is_eager))
     try:
         # For a plan that does not keep all weights on the device, build them in host memory, as loading does.
         pipeline = random_weights.build(shape, device if plan.is_resident else "cpu", dtype)

@@ -125,7 +125,7 @@ class EngineBenchmark:
         if self.references is None or name == "naive":
             return []
         exact = "none" if "none" in self.ways else "eager"
-        generate = None if self.plan.rounds_weights else partial(self._images, exact, job)
+        generate = None if self.plan.quantize != "none" else partial(self._images, exact, job)
         expected = references(self.references, job.size, len(self.prompts), generate)
         images = self._images(name, job)
         return [compare(*each) for each in zip(self.prompts, images, expected, strict=True)]

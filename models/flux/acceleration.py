@@ -103,7 +103,7 @@ def _compiled(transformer: Any, config: EngineConfig, plan: Plan, way: str, unav
     tiers = [Tier("none", compile_blocks(placed), is_ready=False)]
     if config.max_acceleration == "none":
         return tiers
-    if plan.needs_fp8:
+    if plan.quantize != "none":
         return [*tiers, *_fast(placed)]
     if reason := fp8_copy_unavailable_reason(transformer):
         log.info("acceleration regular and high are unavailable, so requests for them run with none: %s", reason)
@@ -123,6 +123,7 @@ def _compiled(transformer: Any, config: EngineConfig, plan: Plan, way: str, unav
 
 
 def _fast(quantized: Any) -> list[Tier]:
+    """Return the tiers above "none", which run a quantized transformer."""
     return [
         Tier("regular", quantized, shares_forwards=True, is_ready=False),
         Tier("high", quantized, skips_blocks=True, is_ready=False),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,15 @@ def load_engine(config: EngineConfig, kind: type[FluxEngine] = FluxEngine) -> Fl
     """
     device = devices.device_for(config.device)
     is_auto = config.memory == "auto"
+    plans = memory_plans.allowed(config.memory, config.quantize)
     failed = _self_test_failures(config, device)
     target = memory_plans.Target(device, config.is_eager, _fp8_failure(config, device, failed))
     unavailable: list[str] = []
     while True:
         try:
             engine = _load(config, target, kind, failed)
-            engine.unavailable[:0] = unavailable or (_passed_over(engine.plan, target) if is_auto else [])
+            log.info("memory plan %s: %s", engine.plan.name, engine.plan.description)
+            engine.unavailable[:0] = unavailable or (_passed_over(engine.plan, plans, target) if is_auto else [])
             return engine
         except OSError as error:
             # Without its traceback, whose frames keep the weights of this try alive.
@@ -52,7 +54,7 @@ def load_engine(config: EngineConfig, kind: type[FluxEngine] = FluxEngine) -> Fl
         Device(device).free()
         if not isinstance(failure, memory_plans.PlanFailed) or not is_auto:
             raise failure
-        plan = memory_plans.following(failure.plan, target)
+        plan = memory_plans.following(failure.plan, plans, target)
         if plan is None:
             raise failure
         log.warning("%s; trying the plan %s", failure, plan.name)
@@ -77,11 +79,11 @@ def _fp8_failure(config: EngineConfig, device: str, failed: Mapping[str, str]) -
     return _REFUSED if is_refused else ""
 
 
-def _passed_over(plan: memory_plans.Plan, target: memory_plans.Target) -> list[str]:
-    """Return why a faster plan that needs no more memory than this one is not used."""
+def _passed_over(plan: memory_plans.Plan, plans: Sequence[memory_plans.Plan], target: memory_plans.Target) -> list[str]:
+    """Return why an earlier plan that needs no more memory than this one is not used."""
     return [
         f"memory plan {other.name}: {problem}"
-        for other in memory_plans.PLANS[: memory_plans.PLANS.index(plan)]
+        for other in plans[: plans.index(plan)]
         if other.required_bytes is plan.required_bytes and (problem := other.problem(target))
     ]
 
@@ -183,8 +185,9 @@ def _is_ready(engine: FluxEngine, config: EngineConfig, way: str, failed: Mappin
         return False
     built, unavailable = acceleration.build(engine.pipeline, config, engine.plan, way)
     engine.tiers = built[:1]
+    fp8_failure = failed.get(verdict.FP8_TEST) if engine.plan.quantize in ("none", "fp8") else None
     for tier in built[1:]:
-        if not tier.is_ready and (reason := _reason(engine, tier.name, failed.get(verdict.FP8_TEST))):
+        if not tier.is_ready and (reason := _reason(engine, tier.name, fp8_failure)):
             unavailable.append(f"acceleration {tier.name}: {reason}")
         else:
             engine.tiers.append(tier)

@@ -60,5 +60,5 @@ def unavailable_reason() -> str | None:
     if torch.cuda.get_device_capability() < (8, 9):
         return f"{torch.cuda.get_device_name()} does not support fp8 matrix products"
     if not find_spec("torchao"):
-        return "torchao is not installed; run pip install 'flux-server[fp8]'"
+        return "torchao is not installed; run pip install 'flux-server[quantize]'"
     return None

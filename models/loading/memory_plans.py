@@ -1,10 +1,10 @@
 """The memory plans: ways to place a pipeline so that it fits into the device's memory."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from models.loading import fp8
+from models.loading import fp8, placement, quantization
 
 #: The memory in addition to the weights, as a share of all weights: 3.0 GB for FLUX.1 in bf16. Of it, a generation at
 #: 1024x1024 takes 1.7 GB, simulated with PyTorch's fake tensors. The rest is for the CUDA context, the libraries'
@@ -13,6 +13,11 @@ RESERVE = 0.09
 #: The size of FLUX.1's transformer in 8 bits as a share of its size in bf16. The matrices of its norms, 27 % of the
 #: transformer, stay in bf16.
 FP8_SHARE = 0.64
+#: The reserves of the plans "int8" and "int4", a little smaller, so that they fit cards of 16 and 12 GB with a desktop.
+#: If they are too small, images are decoded in tiles, which takes less memory.
+_INT8_RESERVE, _INT4_RESERVE = 0.08, 0.07
+#: The shares of the transformer and of T5 that are linear layers of blocks. The rest stays in bf16.
+_LINEAR = {"transformer": 0.994, "text_encoder_2": 0.972}
 #: The large components of a FLUX pipeline, each with the share that its two largest blocks take: while one block
 #: runs, the next is copied. All other components stay on the device in every plan.
 _TWO_BLOCKS = {"transformer": 1 / 17, "text_encoder_2": 1 / 12}
@@ -44,7 +49,8 @@ class Plan:
         apply: places a pipeline on a device and returns the pipeline.
         is_resident: whether all weights stay on the device unchanged.
         needs_fp8: whether the device multiplies the transformer's matrices in fp8.
-        rounds_weights: whether the weights are rounded to 8 bits, which changes images.
+        quantize: the value of --quantize that allows the plan: the form to which weights are rounded, which changes
+            images, or "none".
     """
 
     name: str
@@ -53,15 +59,17 @@ class Plan:
     apply: Callable[[Any, str], Any]
     is_resident: bool = False
     needs_fp8: bool = False
-    rounds_weights: bool = False
+    quantize: str = "none"
 
     @property
     def can_compile(self) -> bool:
-        """Whether the whole transformer stays on the device, in the form in which it computes."""
-        return self.is_resident or self.needs_fp8
+        """Whether the whole transformer stays on the device, in a form whose blocks compile."""
+        return self.is_resident or self.needs_fp8 or self.quantize in quantization.BYTES
 
     def problem(self, target: Target) -> str | None:
         """Return the reason why the plan cannot be used; None if it can."""
+        if self.quantize in quantization.BYTES:
+            return quantization.unavailable_reason()
         if not self.needs_fp8:
             return None
         if target.device == "cpu":
@@ -82,79 +90,18 @@ class Plan:
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:
-            if not self.needs_fp8:
+            if self.quantize == "none":
                 raise
             # Only the message: the traceback would keep the weights alive.
             reason = f"the matrices cannot be quantized: {type(error).__name__}: {error}"
         raise PlanFailed(self, reason)
 
 
-def _resident(pipeline: Any, device: str) -> Any:
-    return pipeline.to(device)
-
-
-def _fp8(pipeline: Any, device: str) -> Any:
-    """Quantize the transformer matrix by matrix on the device; offload T5's blocks."""
-    fp8.quantize(pipeline.transformer, device)
-    _offload(pipeline.text_encoder_2.encoder, device)
-    return _rest(pipeline, device)
-
-
-def _fp8_storage(pipeline: Any, device: str) -> Any:
-    """Keep the transformer on the device in 8 bits, widening each layer while it runs; offload T5's blocks."""
-    import torch
-
-    pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=pipeline.dtype)
-    pipeline.transformer.to(device)
-    _offload(pipeline.text_encoder_2.encoder, device)
-    return _rest(pipeline, device)
-
-
-def _group_offload(pipeline: Any, device: str) -> Any:
-    """Keep the blocks of transformer and T5 in host memory; copy each to the device while the block before it runs."""
-    _offload(pipeline.transformer, device)
-    _offload(pipeline.text_encoder_2.encoder, device)
-    return _rest(pipeline, device)
-
-
-def _offload(module: Any, device: str) -> None:
-    import torch
-    from diffusers.hooks import apply_group_offloading
-
-    apply_group_offloading(
-        module,
-        onload_device=torch.device(device),
-        offload_device=torch.device("cpu"),
-        offload_type="block_level",
-        num_blocks_per_group=1,
-        use_stream=device == "cuda",
-        low_cpu_mem_usage=not _can_pin(module),
-    )
-
-
-def _can_pin(module: Any) -> bool:
-    """Return whether the host's memory has room for a second, pinned copy of all weights.
-
-    Without such a copy, each block is pinned whenever it is copied to the GPU, so every step copies all weights twice.
-    """
-    import psutil
-
-    # PyTorch rounds each pinned tensor up to a power of two. A tenth is left for other programs.
-    num_bytes = sum(1 << (weight.nbytes - 1).bit_length() for weight in module.parameters())
-    return bool(1.1 * num_bytes <= psutil.virtual_memory().available)
-
-
-def _rest(pipeline: Any, device: str) -> Any:
-    pipeline.text_encoder.to(device)
-    pipeline.vae.to(device)
-    return pipeline
-
-
-def _always(sizes: Mapping[str, int]) -> float:
+def _always(sizes: Mapping[str, int], reserve: float = RESERVE) -> float:
     """Return the bytes that every plan needs: those of the small components, and the reserve."""
     # Only the plan "resident" loads LoRAs.
     sizes = {name: size for name, size in sizes.items() if not name.endswith("-lora")}
-    return sum(size for name, size in sizes.items() if name not in _TWO_BLOCKS) + RESERVE * sum(sizes.values())
+    return sum(size for name, size in sizes.items() if name not in _TWO_BLOCKS) + reserve * sum(sizes.values())
 
 
 def _blocks(sizes: Mapping[str, int], name: str) -> float:
@@ -167,33 +114,69 @@ def _in_fp8(sizes: Mapping[str, int]) -> float:
     return _always(sizes) + sizes.get("transformer", 0) * FP8_SHARE + _blocks(sizes, "text_encoder_2")
 
 
-#: All plans, from the fastest to the one that needs least memory.
+def _quantized(sizes: Mapping[str, int], name: str, kind: str) -> float:
+    """Return the bytes of a large component whose blocks are quantized. Their exact numbers take two bytes each."""
+    return sizes.get(name, 0) * (1 - _LINEAR[name] + _LINEAR[name] * quantization.BYTES[kind] / 2)
+
+
+def _in_int8(sizes: Mapping[str, int]) -> float:
+    return _always(sizes, _INT8_RESERVE) + _quantized(sizes, "transformer", "int8") + _blocks(sizes, "text_encoder_2")
+
+
+def _in_int4(sizes: Mapping[str, int]) -> float:
+    return _always(sizes, _INT4_RESERVE) + sum(_quantized(sizes, name, "int4") for name in _LINEAR)
+
+
+#: All plans, in the order in which "auto" tries them: from the one that changes images least to the one that changes
+#: them most, and last the slowest.
 PLANS = (
-    Plan("resident", "all weights on the device", lambda sizes: sum(sizes.values()) * (1 + RESERVE), _resident, True),
+    Plan(
+        "resident",
+        "all weights on the device",
+        lambda sizes: sum(sizes.values()) * (1 + RESERVE),
+        placement.resident,
+        is_resident=True,
+    ),
+    Plan(
+        "int8",
+        "the transformer in 8 bits, which changes images very slightly; the text encoder loaded block by block",
+        _in_int8,
+        placement.in_int8,
+        quantize="int8",
+    ),
     Plan(
         "fp8",
         "the transformer in fp8 and compiled, which changes images slightly; the text encoder loaded block by block",
         _in_fp8,
-        _fp8,
+        placement.in_fp8,
         needs_fp8=True,
-        rounds_weights=True,
+        quantize="fp8",
     ),
     Plan(
         "fp8-storage",
         "the transformer kept in 8 bits, which changes images slightly; the text encoder loaded block by block",
         _in_fp8,
-        _fp8_storage,
-        rounds_weights=True,
+        placement.fp8_storage,
+        quantize="fp8",
+    ),
+    Plan(
+        "int4",
+        "transformer and text encoder in 4 bits, which changes images visibly",
+        _in_int4,
+        placement.in_int4,
+        quantize="int4",
     ),
     Plan(
         "group-offload",
         "transformer and text encoder loaded block by block; the slowest",
         # The two large components do not run at the same time.
         lambda sizes: _always(sizes) + max(_blocks(sizes, name) for name in _TWO_BLOCKS),
-        _group_offload,
+        placement.group_offload,
     ),
 )
 NAMES = ("auto", *(plan.name for plan in PLANS))
+#: The values of --quantize.
+FORMS = ("auto", "none", "fp8", "int8", "int4")
 
 
 class PlanFailed(OSError):
@@ -212,34 +195,39 @@ class DoesNotFit(PlanFailed):
         super().__init__(plan, f"memory ran out while the weights were loaded: {reason}", advice)
 
 
-def has_room(name: str, sizes: Mapping[str, int], free: int) -> bool:
-    """Return whether the plan of this name fits into `free` bytes; for "auto", the plan "resident"."""
-    plan = next((plan for plan in PLANS if plan.name == name), PLANS[0])
-    return plan.required_bytes(sizes) <= free
+def allowed(memory: str, quantize: str) -> tuple[Plan, ...]:
+    """Return the plans that --memory and --quantize allow, the first of them first. Raises ValueError if none."""
+    plans = tuple(plan for plan in PLANS if memory in ("auto", plan.name) and quantize in ("auto", plan.quantize))
+    if not plans:
+        raise ValueError(f"--memory {memory} cannot be used with --quantize {quantize}")
+    return plans
 
 
-def following(plan: Plan, target: Target) -> Plan | None:
-    """Return the next plan after this one that can be used; None if there is none."""
-    return next((other for other in PLANS[PLANS.index(plan) + 1 :] if not other.problem(target)), None)
+def has_room(plans: Sequence[Plan], sizes: Mapping[str, int], free: int) -> bool:
+    """Return whether the first of these plans fits into `free` bytes."""
+    return plans[0].required_bytes(sizes) <= free
 
 
-def choose(name: str, sizes: Mapping[str, int], free: int, target: Target) -> Plan:
-    """Choose the plan of this name, or for "auto" the first plan that fits into `free` bytes and can be used.
+def following(plan: Plan, plans: Sequence[Plan], target: Target) -> Plan | None:
+    """Return the next of these plans after this one that can be used; None if there is none."""
+    return next((other for other in plans[plans.index(plan) + 1 :] if not other.problem(target)), None)
 
-    On a CPU, "auto" is always "resident": weights are mapped from their files, and parts that do not fit into memory
-    are read again when they are used. Raises OSError if "auto" finds no plan that fits, and PlanFailed if the named
-    plan cannot be used.
+
+def choose(plans: Sequence[Plan], sizes: Mapping[str, int], free: int, target: Target) -> Plan:
+    """Choose the first of these plans that fits into `free` bytes and can be used; a single plan need not fit.
+
+    On a CPU, the first that can be used is chosen: weights are mapped from their files, and parts that do not fit into
+    memory are read again when they are used. Raises OSError if no plan fits, and PlanFailed if a single plan cannot be
+    used.
     """
-    if target.device == "cpu" and name == "auto":
-        return PLANS[0]
-    for plan in PLANS:
-        if plan.name == name or (name == "auto" and plan.required_bytes(sizes) <= free):
-            problem = plan.problem(target)
-            if problem and name != "auto":
-                raise PlanFailed(plan, problem)
-            if not problem:
-                return plan
-    least = min(plan.required_bytes(sizes) for plan in PLANS)
+    if len(plans) == 1 and (problem := plans[0].problem(target)):
+        raise PlanFailed(plans[0], problem)
+    needs_room = target.device != "cpu" and len(plans) > 1
+    usable = [plan for plan in plans if not plan.problem(target)]
+    for plan in usable:
+        if not needs_room or plan.required_bytes(sizes) <= free:
+            return plan
+    least = min(plan.required_bytes(sizes) for plan in usable or plans)
     raise OSError(
         f"the device has {free / 1e9:.1f} GB free, but the weights need at least {least / 1e9:.1f} GB; "
         "free memory, or choose a plan with --memory to load them anyway"

@@ -1,7 +1,7 @@
 """The loading of a FluxPipeline and its placement on the device."""
 
 import importlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,13 +45,17 @@ def load_pipeline(config: EngineConfig, fp8_failure: str = "") -> "tuple[FluxPip
     verify.verify_pipeline(directory, NON_PIPELINE_COMPONENTS)
     sizes = _sizes(config, directory)
     target = memory_plans.Target(device, config.is_eager, fp8_failure)
-    plan = memory_plans.choose(config.memory, sizes, free_memory(device), target)
+    plan = memory_plans.choose(_allowed(config), sizes, free_memory(device), target)
     try:
         return _load(config, directory, sizes, plan, device), plan
     except torch.OutOfMemoryError as error:
         # Only the message: the traceback would keep the tensors of the components alive.
         reason = str(error).partition(". ")[0]
     raise memory_plans.DoesNotFit(plan, reason)
+
+
+def _allowed(config: EngineConfig) -> Sequence[memory_plans.Plan]:
+    return memory_plans.allowed(config.memory, config.quantize)
 
 
 def _load(
@@ -152,7 +156,7 @@ def _silence_libraries() -> None:
 
 
 def has_room(config: EngineConfig) -> bool:
-    """Return whether the plan of the configuration fits into the free memory; with "auto", the plan "resident".
+    """Return whether the first plan that the configuration allows fits into the free memory.
 
     Return True if the weights are not downloaded yet.
     """
@@ -161,7 +165,7 @@ def has_room(config: EngineConfig) -> bool:
     if directory is None:
         return True
     sizes = _sizes(config, directory)
-    return memory_plans.has_room(config.memory, sizes, free_memory(device_for(config.device)))
+    return memory_plans.has_room(_allowed(config), sizes, free_memory(device_for(config.device)))
 
 
 def dtype_of(config: EngineConfig) -> "torch.dtype":

@@ -221,11 +221,12 @@ def _memory(where: str, sizes: Mapping[str, int], settings: Settings, device: st
     """Check that the chosen memory plan fits; the message lists the memory that each plan requires."""
     # With `auto`, a CPU always uses the first plan.
     name, target = settings.memory, memory_plans.Target(device, settings.eager)
-    usable = [plan for plan in memory_plans.PLANS if not plan.problem(target)]
+    allowed = memory_plans.allowed(name, settings.quantize)
+    usable = [plan for plan in memory_plans.allowed("auto", settings.quantize) if not plan.problem(target)]
     plans = usable[:1] if (device, name) == ("cpu", "auto") else usable
     needs = ", ".join(f"{plan.name} {plan.required_bytes(sizes) / 1e9:.2f} GB" for plan in plans)
     try:
-        chosen = memory_plans.choose(name, sizes, free, target)
+        chosen = memory_plans.choose(allowed, sizes, free, target)
     except OSError as error:
         return Check(f"{where} memory", False, f"{error} ({needs})")
     figures = f"required: {needs}; free: {free / 1e9:.1f} GB"

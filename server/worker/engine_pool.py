@@ -34,6 +34,7 @@ def engine_configs(
             device=settings.device,
             dtype=settings.dtype,
             memory=settings.memory,
+            quantize=settings.quantize,
             max_acceleration=settings.max_acceleration,
             is_eager=settings.eager,
             compile_cache=settings.data_dir / "compiled",

@@ -19,7 +19,7 @@ from models.benchmark.random_weights import SHAPES
 from models.flux import compilation, decoder
 from models.flux.acceleration import Tier, random_inputs
 from models.image_size import PRESETS
-from models.loading import fp8
+from models.loading import fp8, quantization
 from tests.cuda.fake_gpu import A100, H100, RTX_4090, RTX_5090, Compiled, Model, fake_gpu
 from tests.cuda.recorder import recorded
 
@@ -140,6 +140,22 @@ def test_fp8(model: Model, plan: str) -> None:
         report(compiled, f"{model.name}, regular with the plan {plan}")
         serve_all_sizes(tier)
         check(compiled, model, num_graphs=8)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("model", [A100, RTX_4090], ids=lambda model: model.name)
+def test_weights_in_8_and_4_bits(model: Model, kind: str) -> None:
+    with fake_gpu(model) as compiled:
+        quantized = transformer()
+        # Moving a module's fake parameters needs what the recorder replaces.
+        with recorded():
+            quantization.quantize(quantized, kind, "cuda")
+        clone = compilation.compile_blocks(compilation.clone_sharing_weights(quantized))
+        tier = Tier("none", clone, is_ready=False)
+        tier.warm_up("cuda", torch.bfloat16, TEXT_TOKENS)
+        report(compiled, f"{model.name}, none with the plan {kind}")
+        serve_all_sizes(tier)
+        check(compiled, model, num_graphs=4)
 
 
 def decode(vae: Any, width: int = 1024, height: int = 1024) -> None:

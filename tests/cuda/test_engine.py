@@ -288,10 +288,14 @@ def check_plan(plan: Plan, files: Files, monkeypatch: pytest.MonkeyPatch, kind: 
             what = f"{plan.name}, {kind}, {tier.name}"
             print(f"{what}, in GB: {placed / 1e9:.1f} placed, {figures}, {promised / 1e9:.1f} promised")
             print(f"{what}, uncompiled: {next(iter(launches.values()))} operations a step")
-            # The promise includes more than a gigabyte for CUDA and its libraries, which fake tensors do not take. Two
-            # images share a forward only as long as there is room.
+            # The promise includes more than a gigabyte for CUDA and its libraries, which fake tensors do not take; with
+            # "int4" half of one, because images can be decoded in tiles. Two images share a forward only as long as
+            # there is room.
+            reserve = 0.5e9 if plan.quantize == "int4" else 1e9
             at_once = peaks.pop("two prompts at once", 0)
-            assert max(*peaks.values(), placing) + 1e9 < promised and at_once < promised, "the plan promises too little"
+            assert max(*peaks.values(), placing) + reserve < promised and at_once < promised, (
+                "the plan promises too little"
+            )
 
 
 @pytest.mark.parametrize("kind", IN_CHANNELS)
@@ -344,7 +348,7 @@ def test_tasks_that_share_a_forward_load_each_block_once() -> None:
 def test_offloaded_weights_are_pinned_once_where_the_host_has_room(
     has_room: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.loading.memory_plans._can_pin", lambda _: has_room)
+    monkeypatch.setattr("models.loading.placement._can_pin", lambda _: has_room)
     with fake_gpu(H100), recorded() as recorder:
         pipeline = GROUP_OFFLOAD.apply(random_weights.build("tiny", "cpu", torch.bfloat16), "cuda")
         engine = FluxEngine(

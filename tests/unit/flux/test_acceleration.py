@@ -28,7 +28,7 @@ from tests.support.tiny_flux import AllSafeChecker, AlwaysShare, generate_latent
 
 #: A size with few tokens, and one with as many tokens as the text.
 ODD_SIZES = [(64, 64), (256, 512)]
-RESIDENT, FP8, FP8_STORAGE, GROUP_OFFLOAD = PLANS
+RESIDENT, INT8, FP8, FP8_STORAGE, INT4, GROUP_OFFLOAD = PLANS
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +175,11 @@ def test_a_gpu_with_fp8_has_all_three_tiers_and_none_is_ready(pipeline: FluxPipe
     assert pipeline.transformer not in (none, regular)
 
 
-def test_with_the_plan_fp8_all_tiers_run_the_quantized_transformer(pipeline: FluxPipeline, fp8_gpu: list[Any]) -> None:
-    built, unavailable = acceleration.build(pipeline, engine_config(), FP8, acceleration.FASTEST)
+@pytest.mark.parametrize("plan", [INT8, FP8, INT4], ids=lambda plan: plan.name)
+def test_with_quantized_weights_all_tiers_run_the_quantized_transformer(
+    pipeline: FluxPipeline, fp8_gpu: list[Any], plan: memory_plans.Plan
+) -> None:
+    built, unavailable = acceleration.build(pipeline, engine_config(), plan, acceleration.FASTEST)
     assert (unavailable, fp8_gpu) == ([], [])
     assert names(built) == ["none", "regular", "high"]
     assert len({id(tier.transformer) for tier in built}) == 1

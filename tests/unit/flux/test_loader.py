@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from models.flux.acceleration import COMPILED, FASTEST, UNCOMPILED, Tier
 from models.flux.attempts import Attempts, forget_open_attempts
 from models.flux.device import Device
 from models.flux.loader import load_engine
-from models.loading import devices, fp8, memory_plans, pipeline
+from models.loading import devices, fp8, memory_plans, pipeline, quantization
 from models.loading.specs import DEMO
 from tests.support.server_process import ROOT
 from tests.support.tiny_flux import generate, make_request
@@ -44,6 +45,12 @@ def full_for(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     monkeypatch.setattr(pipeline, "_load", fail)
     return tried
+
+
+@pytest.fixture(autouse=True)
+def no_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the plans for which torchao quantizes the weights, whether it is installed or not."""
+    monkeypatch.setattr(quantization, "unavailable_reason", lambda: "torchao is not installed")
 
 
 def test_when_memory_runs_out_the_next_plans_are_tried(
@@ -299,16 +306,18 @@ def fp8_plan(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> memory_plans.Plan:
     monkeypatch.setattr(fp8, "quantize", lambda *_: None)
     choose = memory_plans.choose
 
-    def choose_as_on_a_card_of_24_gb(name: str, sizes: Any, free: int, target: memory_plans.Target) -> Any:
+    def choose_as_on_a_card_of_24_gb(
+        plans: Sequence[memory_plans.Plan], sizes: Any, free: int, target: memory_plans.Target
+    ) -> Any:
         card = replace(target, device="cuda")
-        return choose(name, sizes, int(plan.required_bytes(sizes)) + 1, card)
+        return choose(plans, sizes, int(plan.required_bytes(sizes)) + 1, card)
 
     monkeypatch.setattr(memory_plans, "choose", choose_as_on_a_card_of_24_gb)
     return plan
 
 
 def test_the_plan_fp8_is_compiled(gpu: Gpu, fp8_plan: memory_plans.Plan) -> None:
-    engine = load_engine(config())
+    engine = load_engine(config(quantize="fp8"))
     assert engine.plan is fp8_plan
     assert gpu.tried == [FASTEST]
     assert engine.warm_up() and engine.info().acceleration == ("none", "regular")
@@ -322,7 +331,7 @@ def test_without_compilation_in_fp8_the_next_plan_is_used(
         monkeypatch.setattr("models.flux.loader.verdict.failures", lambda _: {"blocks compiled in fp8": "CantSplit"})
     else:
         gpu.errors = dict.fromkeys([FASTEST, COMPILED], ValueError("CantSplit"))
-    engine = load_engine(config())
+    engine = load_engine(config(quantize="fp8"))
     assert engine.info().memory == "fp8-storage"
     (reason,) = engine.info().unavailable
     cause = "failed in the self test" if is_found_by_the_self_test else f"{FASTEST} in fp8: ValueError"

@@ -9,8 +9,8 @@ from diffusers import FluxTransformer2DModel
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 
 from models.flux.engine import FluxEngine
-from models.loading import fp8, memory_plans
-from models.loading.memory_plans import PLANS, Target, choose
+from models.loading import fp8, memory_plans, placement, quantization
+from models.loading.memory_plans import PLANS, Target, allowed, choose
 from tests.support import tiny_flux
 from tests.support.tiny_flux import AllSafeChecker, generate, generate_latents, make_request, tiers_of
 
@@ -26,8 +26,11 @@ CUDA = Target("cuda")
 
 
 @pytest.fixture(autouse=True)
-def fp8_problem(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Fake a GPU that multiplies in fp8, and torchao. A reason in the returned list says why the GPU cannot."""
+def fp8_problem(monkeypatch: pytest.MonkeyPatch, torchao_problem: list[str]) -> list[str]:
+    """Fake torchao, which rounds to 8 bits here, and a GPU that multiplies in fp8.
+
+    A reason in the returned list says why the GPU cannot.
+    """
     reasons: list[str] = []
     monkeypatch.setattr(fp8, "unavailable_reason", lambda: reasons[0] if reasons else None)
 
@@ -38,64 +41,116 @@ def fp8_problem(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         transformer.to(device)
 
     monkeypatch.setattr(fp8, "quantize", round_weights)
+    monkeypatch.setattr(quantization, "unavailable_reason", lambda: torchao_problem[0] if torchao_problem else None)
+    monkeypatch.setattr(quantization, "quantize", lambda model, kind, device: round_weights(model, device))
     return reasons
 
 
-#: The expected plan for FLUX.1 [dev] on a card with this much memory, in GiB. Without fp8, "fp8" becomes "fp8-storage".
+@pytest.fixture
+def torchao_problem() -> list[str]:
+    """Return a list for the reason why torchao cannot be used. Without one, it can."""
+    return []
+
+
+#: The expected plan for FLUX.1 [dev] on a card with this much memory, in GiB, and without torchao.
 CARDS = {
-    6: "group-offload",
-    8: "group-offload",
-    12: "group-offload",
-    16: "group-offload",
-    20: "fp8",
-    24: "fp8",
-    32: "fp8",
-    40: "resident",
-    48: "resident",
-    80: "resident",
+    6: ("group-offload", "group-offload"),
+    8: ("group-offload", "group-offload"),
+    10: ("group-offload", "group-offload"),
+    12: ("int4", "group-offload"),
+    16: ("int8", "group-offload"),
+    20: ("int8", "fp8-storage"),
+    24: ("int8", "fp8-storage"),
+    32: ("int8", "fp8-storage"),
+    40: ("resident", "resident"),
+    48: ("resident", "resident"),
+    80: ("resident", "resident"),
 }
 
 
-@pytest.mark.parametrize(("card", "name"), CARDS.items())
+def choose_for(card: int, quantize: str = "auto", *, is_eager: bool = False) -> str:
+    """Choose a plan for a card of so many GiB, of which a desktop and the driver take a gigabyte."""
+    return choose(allowed("auto", quantize), FLUX_DEV, card * 2**30 - 10**9, Target("cuda", is_eager)).name
+
+
+@pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("is_eager", [False, True])
-@pytest.mark.parametrize("reason", ["", "a card does not support fp8 matrix products"])
 def test_each_size_of_card_gets_its_plan(
-    card: int, name: str, is_eager: bool, reason: str, fp8_problem: list[str]
+    card: int, is_eager: bool, fp8_problem: list[str], torchao_problem: list[str]
 ) -> None:
-    """A desktop and the driver take a gigabyte of the card's memory."""
-    fp8_problem += [reason] if reason else []
-    expected = "fp8-storage" if name == "fp8" and (is_eager or reason) else name
-    assert choose("auto", FLUX_DEV, card * 2**30 - 10**9, Target("cuda", is_eager)).name == expected
+    assert choose_for(card, is_eager=is_eager) == CARDS[card][0]
+    for problem in (fp8_problem, torchao_problem):
+        problem.append("torchao is not installed")
+    assert choose_for(card, is_eager=is_eager) == CARDS[card][1]
+
+
+@pytest.mark.parametrize(
+    ("quantize", "expected"),
+    [
+        ("none", ["group-offload", "group-offload", "resident"]),
+        ("int8", ["int8", "int8", "int8"]),
+        ("int4", ["int4", "int4", "int4"]),
+    ],
+)
+def test_the_operator_chooses_the_form_of_the_weights(quantize: str, expected: list[str]) -> None:
+    """A form of which there is a single plan is used even if it does not fit."""
+    assert [choose_for(card, quantize) for card in (8, 24, 80)] == expected
+
+
+def test_fp8_is_computed_with_where_it_compiles(fp8_problem: list[str]) -> None:
+    assert choose_for(24, "fp8") == "fp8"
+    assert choose_for(24, "fp8", is_eager=True) == "fp8-storage"
+    fp8_problem.append("a card does not support fp8 matrix products")
+    assert choose_for(24, "fp8") == "fp8-storage"
+
+
+def test_a_plan_of_another_form_is_not_allowed() -> None:
+    with pytest.raises(ValueError, match="--memory resident cannot be used with --quantize int4"):
+        allowed("resident", "int4")
+
+
+def test_a_cpu_rounds_weights_only_if_it_is_asked_to() -> None:
+    cpu = Target("cpu")
+    forms = {"auto": "resident", "none": "resident", "fp8": "fp8-storage", "int8": "int8", "int4": "int4"}
+    chosen = {form: choose(allowed("auto", form), FLUX_DEV, 0, cpu).name for form in forms}
+    assert chosen == forms
 
 
 #: Peak memory of each plan at 1024x1024, in GB, simulated with fake tensors. The CUDA context, libraries and
 #: fragmentation are not included.
-SIMULATED = {"resident": 35.4, "fp8": 17.2, "fp8-storage": 17.2, "group-offload": 2.4}
+SIMULATED = {
+    "resident": 35.4,
+    "int8": 14.2,
+    "fp8": 17.2,
+    "fp8-storage": 17.2,
+    "int4": 11.0,
+    "group-offload": 2.4,
+}
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
-def test_plans_need_the_simulated_peak_and_more_than_a_gigabyte_of_reserve(plan: memory_plans.Plan) -> None:
+def test_plans_need_the_simulated_peak_and_a_reserve(plan: memory_plans.Plan) -> None:
     reserve = plan.required_bytes(FLUX_DEV) / 1e9 - SIMULATED[plan.name]
-    assert 1.2 < reserve < 2.6
+    assert (0.5 if plan.name == "int4" else 1.2) < reserve < 2.6
 
 
 def test_a_plan_that_just_fits_is_chosen() -> None:
-    usable = [plan for plan in PLANS if not plan.needs_fp8]
-    for faster, plan in zip((None, *usable), usable, strict=False):
-        needs = plan.required_bytes(FLUX_DEV)
-        assert choose("auto", FLUX_DEV, int(needs) + 1, Target("cuda", is_eager=True)) is plan
-        assert faster is None or faster.required_bytes(FLUX_DEV) > needs
+    needs = [plan.required_bytes(FLUX_DEV) for plan in PLANS]
+    for plan, needed in zip(PLANS, needs, strict=True):
+        chosen = choose(PLANS, FLUX_DEV, int(needed) + 1, Target("cuda", is_eager=True))
+        # The plans in fp8 need more than "int8", which changes images less.
+        assert chosen.name == ("int8" if plan.quantize == "fp8" else plan.name)
 
 
 def test_when_no_plan_fits_the_error_names_free_and_required_memory() -> None:
     with pytest.raises(OSError, match=r"has 2\.0 GB free.* need at least 4\.9 GB.*--memory"):
-        choose("auto", FLUX_DEV, 2 * 10**9, CUDA)
+        choose(PLANS, FLUX_DEV, 2 * 10**9, CUDA)
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
 @pytest.mark.parametrize("free", [0, 80 * 10**9])
 def test_a_named_plan_is_used_regardless_of_free_memory(plan: memory_plans.Plan, free: int) -> None:
-    assert choose(plan.name, FLUX_DEV, free, CUDA) is plan
+    assert choose((plan,), FLUX_DEV, free, CUDA) is plan
 
 
 @pytest.mark.parametrize(
@@ -111,17 +166,17 @@ def test_a_named_plan_that_the_device_cannot_use_is_an_error(
 ) -> None:
     fp8_problem.append("a card does not support fp8 matrix products")
     with pytest.raises(memory_plans.PlanFailed, match=expected):
-        choose("fp8", FLUX_DEV, 80 * 10**9, Target(device, is_eager))
+        choose(allowed("fp8", "auto"), FLUX_DEV, 80 * 10**9, Target(device, is_eager))
 
 
 def test_a_plan_that_the_device_cannot_use_is_left_out(fp8_problem: list[str]) -> None:
-    resident, fp8_plan, fp8_storage, group_offload = PLANS
-    assert memory_plans.following(resident, CUDA) is fp8_plan
-    assert memory_plans.following(resident, Target("cuda", is_eager=True)) is fp8_storage
-    assert memory_plans.following(resident, Target("cuda", fp8_failure="CantSplit")) is fp8_storage
+    _, int8, fp8_plan, fp8_storage, _, group_offload = PLANS
+    assert memory_plans.following(int8, PLANS, CUDA) is fp8_plan
+    assert memory_plans.following(int8, PLANS, Target("cuda", is_eager=True)) is fp8_storage
+    assert memory_plans.following(int8, PLANS, Target("cuda", fp8_failure="CantSplit")) is fp8_storage
     fp8_problem.append("a reason")
-    assert memory_plans.following(resident, CUDA) is fp8_storage
-    assert memory_plans.following(group_offload, CUDA) is None
+    assert memory_plans.following(int8, PLANS, CUDA) is fp8_storage
+    assert memory_plans.following(group_offload, PLANS, CUDA) is None
 
 
 def test_weights_that_cannot_be_quantized_lead_to_the_next_plan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,14 +195,13 @@ def test_weights_that_cannot_be_quantized_lead_to_the_next_plan(monkeypatch: pyt
 
 
 def test_room_is_that_of_the_named_plan() -> None:
-    assert memory_plans.has_room("fp8", FLUX_DEV, 24 * 10**9)
-    assert not memory_plans.has_room("auto", FLUX_DEV, 24 * 10**9)
+    assert memory_plans.has_room(allowed("fp8", "auto"), FLUX_DEV, 24 * 10**9)
+    assert not memory_plans.has_room(PLANS, FLUX_DEV, 24 * 10**9)
 
 
 def test_plans_that_keep_the_transformer_on_the_device_can_be_compiled() -> None:
     assert [plan.name for plan in PLANS if plan.is_resident] == ["resident"]
-    assert [plan.name for plan in PLANS if plan.can_compile] == ["resident", "fp8"]
-    assert memory_plans.NAMES == ("auto", "resident", "fp8", "fp8-storage", "group-offload")
+    assert [plan.name for plan in PLANS if plan.can_compile] == ["resident", "int8", "fp8", "int4"]
 
 
 def engine_with_plan(name: str) -> FluxEngine:
@@ -164,7 +218,7 @@ def test_blocks_are_pinned_once_if_the_host_has_room(monkeypatch: pytest.MonkeyP
     module = tiny_flux.transformer(torch.bfloat16)
     available = 3 * num_bytes(module) if has_room else num_bytes(module)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=available))
-    memory_plans._offload(module, "cuda")
+    placement.offload(module, "cuda")
     assert [(given["low_cpu_mem_usage"], given["use_stream"]) for given in settings] == [(not has_room, True)]
 
 
@@ -192,8 +246,8 @@ def test_large_components_are_offloaded_in_groups() -> None:
         ]
 
     assert sorted(offloaded("group-offload")) == ["text_encoder_2", "transformer"]
-    assert offloaded("fp8") == offloaded("fp8-storage") == ["text_encoder_2"]
-    assert offloaded("resident") == []
+    assert offloaded("int8") == offloaded("fp8") == offloaded("fp8-storage") == ["text_encoder_2"]
+    assert offloaded("resident") == offloaded("int4") == []
 
 
 def test_8_bit_weights_take_as_much_memory_as_the_plan_says() -> None:
