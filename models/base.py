@@ -45,11 +45,31 @@ class ExtraWeights:
 
 
 @dataclass(frozen=True)
+class SingleFile:
+    """Weights in a single file, and the base that gives the components and configurations that the file lacks.
+
+    Attributes:
+        file: a safetensors or GGUF file (Path), or its place on the hub (str), such as "owner/name/file.gguf".
+        base: a directory in diffusers layout (Path) or a hub id (str).
+    """
+
+    file: str | Path
+    base: str | Path
+
+    def __str__(self) -> str:
+        return str(self.file)
+
+
+#: A directory in diffusers layout (Path), a hub id (str), or a single file.
+Weights = str | Path | SingleFile
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """The operator's settings for loading and running a model.
 
     Attributes:
-        weights: a directory in diffusers layout (Path) or a hub id (str); None for a model that needs no weights.
+        weights: the weights; None for a model that needs none.
         safety_checker: a hub id or directory, used if the weights have no subdirectory `safety_checker`.
         device: "cuda", "cpu", or "auto" for a GPU if PyTorch can use one, else the CPU.
         dtype: "bfloat16", "float32", or "auto": float32 on a CPU that is slow in bfloat16 but has the memory, else
@@ -63,7 +83,7 @@ class EngineConfig:
         report: called with the progress before each component that has weights is loaded.
     """
 
-    weights: str | Path | None
+    weights: Weights | None
     safety_checker: str
     device: str = "auto"
     dtype: str = "auto"

@@ -1,7 +1,7 @@
 """fal-ai/flux/srpo: FLUX.1 SRPO [dev], text to image and image to image.
 
 SRPO is a fine-tune of FLUX.1 [dev]'s transformer. Its hub repository holds nothing else, so the server cannot load it
-by its hub id: operators build a directory with the other parts of FLUX.1 [dev], as docs/weights-and-memory.md says.
+by its hub id: operators serve its file on the base of FLUX.1 [dev], as docs/weights-and-memory.md says.
 """
 
 from models.base import Model

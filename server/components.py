@@ -90,7 +90,7 @@ def build(settings: Settings) -> Components:
     newer version wrote it, OSError if the directory cannot be used, DiskFull, and CorruptDatabase.
     """
     known = discover(settings.models_dir)
-    weights_by_endpoint = specs.assign_weights(settings.weights, known)
+    weights_by_endpoint = specs.assign_weights(settings.weights, known, settings.base)
     models = {endpoint: model for endpoint, model in known.items() if endpoint in weights_by_endpoint}
     database, crash_recorder = Database(settings.data_dir), CrashRecorder(settings.data_dir)
     notifier, metrics = Notifier(), Metrics(models)

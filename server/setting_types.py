@@ -20,7 +20,8 @@ def split(value: object) -> object:
 
 def _check_weights(specs: tuple[str, ...]) -> tuple[str, ...]:
     for spec in specs:
-        parse_spec(spec.rpartition("=")[2])
+        # Whether a single file has a base is checked where both settings are known.
+        parse_spec(spec.rpartition("=")[2], base="demo")
     return specs
 
 

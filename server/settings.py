@@ -45,7 +45,13 @@ class Settings(BaseModel):
 
     weights: Weights = Field(
         ("demo",),
-        description="Weights to serve: demo, a Hugging Face id, a directory in diffusers layout, or ENDPOINT=WEIGHTS.",
+        description="Weights to serve: demo, a Hugging Face id, a directory in diffusers layout, a safetensors or"
+        " GGUF file (with --base), or ENDPOINT=WEIGHTS.",
+    )
+    base: str = Field(
+        "",
+        description="For weights in a single file: the Hugging Face id or directory that gives the text encoders,"
+        " autoencoder and configurations that the file lacks, such as black-forest-labs/FLUX.1-dev.",
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port for plain HTTP; 0 picks a free one.")

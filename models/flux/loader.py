@@ -19,7 +19,7 @@ from models.flux.device import Device, log_dtype, summary
 from models.flux.engine import FluxEngine
 from models.flux.redux import Redux
 from models.loading import conditioning, devices, memory_plans, specs
-from models.loading.pipeline import load_pipeline
+from models.loading.pipeline import load_pipeline, quantization_of
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ def load_engine(config: EngineConfig, kind: type[FluxEngine] = FluxEngine) -> Fl
     is_auto = config.memory == "auto"
     plans = memory_plans.allowed(config.memory, config.quantize)
     failed = _self_test_failures(config, device)
-    target = memory_plans.Target(device, config.is_eager, _fp8_failure(config, device, failed))
+    quantization = quantization_of(config.weights)
+    target = memory_plans.Target(device, config.is_eager, _fp8_failure(config, device, failed), quantization)
     unavailable: list[str] = []
     while True:
         try:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from PIL.Image import Image
 
-from models.base import EngineConfig, GenerationFailed
+from models.base import EngineConfig, GenerationFailed, SingleFile
 from models.loading import hub, verify
 from models.loading.devices import device_for
 from models.loading.pipeline import dtype_of, weights_directory
@@ -135,7 +135,8 @@ def _directory(config: EngineConfig) -> Path:
         return configured
     # If the weights come from the hub, download the checker too. If they are a local directory, download nothing.
     cached = hub.cached_path(config.safety_checker)
-    if cached is None and isinstance(config.weights, str):
+    weights = config.weights.base if isinstance(config.weights, SingleFile) else config.weights
+    if cached is None and isinstance(weights, str):
         cached = hub.pull(config.safety_checker)
     if cached is None:
         raise OSError(f"{config.safety_checker} is not downloaded; run `flux-server pull {config.safety_checker}`")

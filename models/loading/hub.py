@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ class BadWeights(OSError):
     """Weights that are malformed or not allowed; the message names the file and says what to do."""
 
 
-def pull(hub_id: str) -> Path:
+def pull(hub_id: str, without: Collection[str] = ()) -> Path:
     """Download a pipeline or a single model into the cache, with a progress bar; return its directory.
 
-    Authenticate with the token in HF_TOKEN, if set. Files that are already in the cache are not downloaded again, so a
-    download that broke off continues. Raises HubError, or BadWeights for a malformed JSON file.
+    Of the components in `without`, only the configuration is downloaded. Authenticate with the token in HF_TOKEN, if
+    set. Files that are already in the cache are not downloaded again, so a download that broke off continues. Raises
+    HubError, or BadWeights for a malformed JSON file.
     """
     from huggingface_hub import snapshot_download
 
@@ -40,13 +41,36 @@ def pull(hub_id: str) -> Path:
         if not any((directory / name).is_file() for name in ("model_index.json", "config.json")):
             # Such as tencent/SRPO: nothing in this repository could be loaded, so no weights are downloaded.
             problem = f"{hub_id} has neither model_index.json nor config.json, so it is not in diffusers layout"
-            raise HubError(f"{problem}; build a directory with all parts of the pipeline, and serve ENDPOINT=DIRECTORY")
+            raise HubError(f"{problem}; to serve one of its files, name {hub_id}/FILE and a --base")
         patterns = _patterns(directory)
-        snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=_OTHER_PRECISIONS)
-    if missing := missing_components(directory):
+        left_out = [f"{name}/*.safetensors*" for name in without]
+        snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=[*_OTHER_PRECISIONS, *left_out])
+    if missing := missing_components(directory, without):
         names = ", ".join(missing)
         raise HubError(f"{hub_id} lacks these parts or has only some of their files: {names}; choose another hub id")
     return directory
+
+
+def pull_file(place: str) -> Path:
+    """Download a file, such as "owner/name/file.gguf", into the cache as `pull` does; return its path."""
+    from huggingface_hub import hf_hub_download
+
+    hub_id, name = _split(place)
+    with _translate_errors(hub_id, place):
+        return Path(hf_hub_download(hub_id, name))
+
+
+def cached_file(place: str) -> Path | None:
+    """Return the path of a file in the cache, without connecting to the hub; None if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(*_split(place))
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _split(place: str) -> tuple[str, str]:
+    owner, repository, name = place.split("/", 2)
+    return f"{owner}/{repository}", name
 
 
 def pull_lora(hub_id: str) -> Path:
@@ -81,10 +105,10 @@ def lora_file(directory: Path) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
-def cached_path(hub_id: str) -> Path | None:
+def cached_path(hub_id: str, without: Collection[str] = ()) -> Path | None:
     """Return the directory of a complete download in the cache, without connecting to the hub; None if there is none.
 
-    Raises BadWeights for a malformed JSON file.
+    Of the components in `without`, only the configuration must be there. Raises BadWeights for a malformed JSON file.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -92,19 +116,24 @@ def cached_path(hub_id: str) -> Path | None:
         return None
     for name in ("model_index.json", "config.json"):
         cached = try_to_load_from_cache(hub_id, name)
-        if isinstance(cached, str) and not missing_components(Path(cached).parent):
+        if isinstance(cached, str) and not missing_components(Path(cached).parent, without):
             return Path(cached).parent
     return None
 
 
-def missing_components(directory: Path) -> list[str]:
+def missing_components(directory: Path, without: Collection[str] = ()) -> list[str]:
     """Return the components of a pipeline that are missing or incomplete in a directory; empty if none is.
 
-    Without model_index.json, return [] for a single model, else ["model_index.json"]. Raises BadWeights for bad JSON.
+    Those in `without` need no weights. Without model_index.json, return [] for a single model, else
+    ["model_index.json"]. Raises BadWeights for bad JSON.
     """
     if not (directory / "model_index.json").is_file():
         return [] if (directory / "config.json").is_file() and _has_weights(directory) else ["model_index.json"]
-    return [name for name in components(directory) if not _is_complete(directory / name)]
+    return [
+        name
+        for name in components(directory)
+        if not (_is_complete(directory / name) or (name in without and (directory / name / "config.json").is_file()))
+    ]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -187,14 +216,15 @@ def _has_weights(directory: Path) -> bool:
 
 
 @contextmanager
-def _translate_errors(hub_id: str) -> Iterator[None]:
-    """Translate errors of a download into HubError, with a message for the operator."""
+def _translate_errors(hub_id: str, file: str = "") -> Iterator[None]:
+    """Translate errors of a download, perhaps of a single file, into HubError, with a message for the operator."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
+        RemoteEntryNotFoundError,
         RepositoryNotFoundError,
     )
 
@@ -210,6 +240,8 @@ def _translate_errors(hub_id: str) -> Iterator[None]:
         raise HubError(f"{hub_id} requires you to accept its licence: open {page}, accept it, then {how}.") from None
     except RepositoryNotFoundError:
         raise HubError(f"{hub_id} does not exist on the hub, or HF_TOKEN has no access to it; check {page}.") from None
+    except RemoteEntryNotFoundError:
+        raise HubError(f"{file or hub_id} does not exist on the hub; check {page}/tree/main.") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         raise HubError(
             f"The hub at {constants.ENDPOINT} could not be reached, or the download broke off; try again: {error}"

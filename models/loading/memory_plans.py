@@ -31,11 +31,13 @@ class Target:
         device: "cuda" or "cpu".
         is_eager: whether nothing may be compiled.
         fp8_failure: why products in fp8 do not compile on this device, as known from earlier; empty if they may.
+        quantization: how the transformer's weights are quantized in their files; empty if they are not.
     """
 
     device: str
     is_eager: bool = False
     fp8_failure: str = ""
+    quantization: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Plan:
 
     def problem(self, target: Target) -> str | None:
         """Return the reason why the plan cannot be used; None if it can."""
+        if target.quantization and self.quantize != "none":
+            return f"the weights are quantized already ({target.quantization})"
         if self.quantize in quantization.BYTES:
             return quantization.unavailable_reason()
         if not self.needs_fp8:

@@ -5,9 +5,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.base import EngineConfig, ExtraWeights, LoadProgress
-from models.loading import conditioning, hub, memory_plans, verify
+from models.base import EngineConfig, ExtraWeights, LoadProgress, SingleFile, Weights
+from models.loading import conditioning, hub, memory_plans, single_file, verify
 from models.loading.devices import device_for, dtype_for, free_memory
+from models.loading.single_file import Contents
 from models.loading.specs import REDUX, find_extra_weights
 
 if TYPE_CHECKING:
@@ -20,11 +21,37 @@ NON_PIPELINE_COMPONENTS = ("safety_checker", REDUX.directory, "image_encoder", "
 _MATCH = "use components from the same weights"
 
 
-def weights_directory(where: str | Path) -> Path:
-    """Return the directory of weights; download them first if they are not cached. Raises HubError and BadWeights."""
-    if isinstance(where, Path):
-        return where
-    return hub.cached_path(where) or hub.pull(where)
+def weights_directory(where: Weights) -> Path:
+    """Return the directory of weights, for a single file that of its base.
+
+    Weights that are not cached are downloaded first; of a base, only what the file lacks. Raises HubError and
+    BadWeights.
+    """
+    without: Collection[str] = ()
+    if isinstance(where, SingleFile):
+        without, where = single_file.read(local_file(where)).components, where.base
+    return where if isinstance(where, Path) else hub.cached_path(where, without) or hub.pull(where, without)
+
+
+def local_file(where: SingleFile) -> Path:
+    """Return the path of a single file; download it first if it is not cached. Raises HubError."""
+    return where.file if isinstance(where.file, Path) else hub.cached_file(where.file) or hub.pull_file(where.file)
+
+
+def cached_directory(where: Weights) -> Path | None:
+    """Return the directory of `weights_directory` without downloading anything; None if something is missing."""
+    without: Collection[str] = ()
+    if isinstance(where, SingleFile):
+        path = where.file if isinstance(where.file, Path) else hub.cached_file(where.file)
+        if path is None:
+            return None
+        without, where = single_file.read(path).components, where.base
+    return where if isinstance(where, Path) else hub.cached_path(where, without)
+
+
+def contents_of(where: Weights) -> Contents | None:
+    """Return what a single file holds; None for other weights. Raises HubError and BadWeights."""
+    return single_file.read(local_file(where)) if isinstance(where, SingleFile) else None
 
 
 def load_pipeline(config: EngineConfig, fp8_failure: str = "") -> "tuple[FluxPipeline, memory_plans.Plan]":
@@ -42,12 +69,12 @@ def load_pipeline(config: EngineConfig, fp8_failure: str = "") -> "tuple[FluxPip
     if config.weights is None:
         raise ValueError("a FLUX pipeline needs weights")
     directory, device = weights_directory(config.weights), device_for(config.device)
-    verify.verify_pipeline(directory, NON_PIPELINE_COMPONENTS)
+    contents = verify_weights(config.weights, directory)
     sizes = _sizes(config, directory)
-    target = memory_plans.Target(device, config.is_eager, fp8_failure)
+    target = memory_plans.Target(device, config.is_eager, fp8_failure, quantization_of(config.weights))
     plan = memory_plans.choose(_allowed(config), sizes, free_memory(device), target)
     try:
-        return _load(config, directory, sizes, plan, device), plan
+        return _load(config, directory, sizes, plan, device, contents), plan
     except torch.OutOfMemoryError as error:
         # Only the message: the traceback would keep the tensors of the components alive.
         reason = str(error).partition(". ")[0]
@@ -58,8 +85,34 @@ def _allowed(config: EngineConfig) -> Sequence[memory_plans.Plan]:
     return memory_plans.allowed(config.memory, config.quantize)
 
 
+def quantization_of(where: Weights | None) -> str:
+    """Return how a transformer's weights are quantized in their files, such as "GGUF Q4_0"; "" if they are not.
+
+    Raises HubError and BadWeights.
+    """
+    contents = contents_of(where) if where else None
+    return contents.description if contents and contents.is_quantized else ""
+
+
+def verify_weights(where: Weights, directory: Path) -> Contents | None:
+    """Check all files of weights before anything is loaded, also a single file; return what the single file holds.
+
+    `directory` is that of `weights_directory`. Raises BadWeights.
+    """
+    contents = contents_of(where)
+    verify.verify_pipeline(directory, NON_PIPELINE_COMPONENTS, contents.components if contents else ())
+    if contents:
+        single_file.check(contents, directory)
+    return contents
+
+
 def _load(
-    config: EngineConfig, directory: Path, sizes: Mapping[str, int], plan: memory_plans.Plan, device: str
+    config: EngineConfig,
+    directory: Path,
+    sizes: Mapping[str, int],
+    plan: memory_plans.Plan,
+    device: str,
+    contents: Contents | None = None,
 ) -> "FluxPipeline":
     from diffusers import FluxPipeline
 
@@ -69,7 +122,10 @@ def _load(
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
         if name in verify.CLASSES:
             config.report(LoadProgress(name, loaded_bytes, total_bytes))
-            parts[name] = _load_part(directory, name, dtype)
+            if contents and name in contents.components:
+                parts[name] = single_file.load(contents, name, directory, dtype)
+            else:
+                parts[name] = _load_part(directory, name, dtype)
             if plan.is_resident:
                 parts[name].to(device)
             loaded_bytes += size
@@ -81,24 +137,28 @@ def _load(
     return plan.place(pipeline, device)
 
 
-def sizes_on_disk(where: str | Path, directory: Path, needed: Collection[ExtraWeights]) -> dict[str, int]:
-    """Return the bytes of the weight files of each component, and of the extra weights that its engine can use.
+def sizes_in_memory(
+    where: Weights, directory: Path, needed: Collection[ExtraWeights], itemsize: int = 2
+) -> dict[str, int]:
+    """Return the bytes of each component in memory, and of the extra weights that its engine can use.
 
-    `needed` are those that the engine's endpoints need; others use Redux too if it is installed.
+    `needed` are those that the engine's endpoints need; others use Redux too if it is installed. `itemsize` is the
+    bytes of a number in the type of the computation. Files in directories are taken to be in bf16; the header of a
+    single file says its types.
     """
     sizes = hub.sizes(directory)
     for weights in {REDUX, *needed}:
         if found := find_extra_weights(where, weights):
             sizes[weights.directory] = hub.size(found)
+    sizes = {name: size * itemsize // 2 for name, size in sizes.items()}
+    if contents := contents_of(where):
+        sizes |= {name: contents.num_bytes(name, itemsize) for name in contents.components}
     return sizes
 
 
 def _sizes(config: EngineConfig, directory: Path) -> dict[str, int]:
-    """Return the bytes of each component in memory. Weight files are in bf16, so float32 takes twice their size."""
     assert config.weights
-    on_disk = sizes_on_disk(config.weights, directory, config.extra_weights)
-    dtype = dtype_of(config)
-    return {name: size * dtype.itemsize // 2 for name, size in on_disk.items()}
+    return sizes_in_memory(config.weights, directory, config.extra_weights, dtype_of(config).itemsize)
 
 
 def _load_part(directory: Path, name: str, dtype: "torch.dtype") -> Any:
@@ -160,8 +220,7 @@ def has_room(config: EngineConfig) -> bool:
 
     Return True if the weights are not downloaded yet.
     """
-    where = config.weights or ""
-    directory = where if isinstance(where, Path) else hub.cached_path(where)
+    directory = cached_directory(config.weights) if config.weights else None
     if directory is None:
         return True
     sizes = _sizes(config, directory)
@@ -172,5 +231,5 @@ def dtype_of(config: EngineConfig) -> "torch.dtype":
     """Return the number type for the weights, after downloading them if they are not cached. Raises OSError."""
     if config.weights is None:
         return dtype_for(config.dtype, device_for(config.device))
-    sizes = sizes_on_disk(config.weights, weights_directory(config.weights), config.extra_weights)
+    sizes = sizes_in_memory(config.weights, weights_directory(config.weights), config.extra_weights)
     return dtype_for(config.dtype, device_for(config.device), sum(sizes.values()))

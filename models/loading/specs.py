@@ -1,9 +1,9 @@
 """The WEIGHTS arguments: which weights each endpoint runs on."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from models.base import ExtraWeights, Model
+from models.base import ExtraWeights, Model, SingleFile, Weights
 from models.loading import hub
 
 DEMO = Path(__file__).parent.parent / "demo"
@@ -17,22 +17,25 @@ CONTROL_LORAS = {
     "canny": ExtraWeights("canny-lora", "black-forest-labs/FLUX.1-Canny-dev-lora", is_lora=True),
     "depth": ExtraWeights("depth-lora", "black-forest-labs/FLUX.1-Depth-dev-lora", is_lora=True),
 }
+#: The extensions of single files, and of files that are not loaded because they are pickles.
+_FILES, _PICKLES = (".safetensors", ".sft", ".gguf"), (".ckpt", ".pt", ".pth", ".bin")
 #: Weights that the demo does not stand in for, because it was trained without reference images, masks and edges.
 _NOT_IN_DEMO = {f"black-forest-labs/FLUX.1-{name}-dev" for name in ("Kontext", "Fill", "Canny", "Depth")}
 
 
-def assign_weights(specs: Sequence[str], models: dict[str, Model]) -> dict[str, str | Path | None]:
+def assign_weights(specs: Sequence[str], models: dict[str, Model], base: str = "") -> dict[str, Weights | None]:
     """Return the weights of each endpoint to serve; None for endpoints that need no weights and are always served.
 
-    A spec is `demo` (for all endpoints), a hub id (for the endpoints made for these weights), a directory (for
-    fal-ai/flux/dev), or `ENDPOINT=` and a directory, a hub id or `demo`. An endpoint whose extra weights are missing is
-    left out, but a spec that names it is an error. Raises ValueError with all problems, one per line.
+    A spec is `demo` (for all endpoints), a hub id (for the endpoints made for these weights), a directory or a single
+    file (for fal-ai/flux/dev), or `ENDPOINT=` and any of these. `base` is the base of single files: a directory or a
+    hub id. An endpoint whose extra weights are missing is left out, but a spec that names it is an error. Raises
+    ValueError with all problems, one per line.
     """
-    assigned: dict[str, str | Path | None] = {}
+    assigned: dict[str, Weights | None] = {}
     problems: list[str] = []
     for spec in specs:
         try:
-            assigned.update(_assign_one(spec, models))
+            assigned.update(_assign_one(spec, models, base))
         except ValueError as error:
             problems.append(str(error))
     if problems:
@@ -40,7 +43,7 @@ def assign_weights(specs: Sequence[str], models: dict[str, Model]) -> dict[str, 
     return {**assigned, **{model.endpoint: None for model in models.values() if not model.weights}}
 
 
-def _assign_one(spec: str, models: dict[str, Model]) -> dict[str, str | Path]:
+def _assign_one(spec: str, models: dict[str, Model], base: str) -> Mapping[str, Weights]:
     if spec == "demo":
         has_demo = [model for model in models.values() if model.weights and not _NOT_IN_DEMO & set(model.weights)]
         return {model.endpoint: DEMO for model in has_demo if not _missing(model, DEMO)}
@@ -48,14 +51,14 @@ def _assign_one(spec: str, models: dict[str, Model]) -> dict[str, str | Path]:
     if separator:
         if endpoint not in models:
             raise ValueError(f"{spec}: {endpoint} is not an endpoint here; choose from {', '.join(sorted(models))}")
-        where = parse_spec(rest)
+        where = parse_spec(rest, base)
         if missing := _missing(models[endpoint], where):
             raise ValueError(
                 f"{spec}: {endpoint} also needs {' and '.join(_describe(each, where) for each in missing)}"
             )
         return {endpoint: where}
-    where = parse_spec(spec)
-    if isinstance(where, Path):
+    where = parse_spec(spec, base)
+    if not isinstance(where, str):
         return {DEFAULT_ENDPOINT: where}
     served = [model.endpoint for model in models.values() if where in model.weights]
     if not served:
@@ -63,11 +66,14 @@ def _assign_one(spec: str, models: dict[str, Model]) -> dict[str, str | Path]:
     return {endpoint: where for endpoint in served if not _missing(models[endpoint], where)}
 
 
-def find_extra_weights(where: str | Path, extra_weights: ExtraWeights) -> Path | None:
+def find_extra_weights(where: Weights, extra_weights: ExtraWeights) -> Path | None:
     """Return the directory of extra weights; None if they are not installed. That of a LoRA holds one safetensors file.
 
-    For local weights, look in their directory `where`; for a hub id, look in the hub cache.
+    For local weights, look in their directory `where`; for a hub id, look in the hub cache; for a single file, look
+    where its base is.
     """
+    if isinstance(where, SingleFile):
+        return find_extra_weights(where.base, extra_weights)
     if isinstance(where, Path):
         directory = where / extra_weights.directory
         is_there = hub.lora_file(directory) is not None if extra_weights.is_lora else directory.is_dir()
@@ -75,7 +81,7 @@ def find_extra_weights(where: str | Path, extra_weights: ExtraWeights) -> Path |
     return (hub.cached_lora if extra_weights.is_lora else hub.cached_path)(extra_weights.hub_id)
 
 
-def find_control_loras(where: str | Path, needed: Collection[ExtraWeights]) -> dict[str, Path]:
+def find_control_loras(where: Weights, needed: Collection[ExtraWeights]) -> dict[str, Path]:
     """Return the files of the installed control LoRAs that are needed, by their names in CONTROL_LORAS.
 
     `where` is as for `find_extra_weights`.
@@ -90,26 +96,59 @@ def is_lora(hub_id: str) -> bool:
     return hub_id in {lora.hub_id for lora in CONTROL_LORAS.values()}
 
 
-def _missing(model: Model, where: str | Path) -> list[ExtraWeights]:
+def _missing(model: Model, where: Weights) -> list[ExtraWeights]:
     return [extra for extra in model.extra_weights if find_extra_weights(where, extra) is None]
 
 
-def _describe(extra_weights: ExtraWeights, where: str | Path) -> str:
+def _describe(extra_weights: ExtraWeights, where: Weights) -> str:
+    if isinstance(where, SingleFile):
+        return _describe(extra_weights, where.base)
     if isinstance(where, Path):
         what = "one safetensors file of " if extra_weights.is_lora else ""
         return f"{what}{extra_weights.hub_id} in the directory {where / extra_weights.directory}"
     return f"{extra_weights.hub_id}; run `flux-server pull {extra_weights.hub_id}`"
 
 
-def parse_spec(spec: str) -> str | Path:
-    """Return what a spec names: a directory in diffusers layout, also for `demo`, or a hub id. Raises ValueError."""
+def parse_spec(spec: str, base: str = "") -> Weights:
+    """Return what a spec names: `demo` or a directory in diffusers layout, a hub id, or a single file on its base.
+
+    Raises ValueError, also for a single file without a base.
+    """
+    if not is_single_file(spec):
+        return _parse_pipeline(spec)
+    if not base:
+        raise ValueError(
+            f"{spec}: a single file lacks text encoders or configurations; name the weights that give them with --base,"
+            " such as --base black-forest-labs/FLUX.1-dev"
+        )
+    return SingleFile(_parse_file(spec), _parse_pipeline(base))
+
+
+def is_single_file(spec: str) -> bool:
+    """Return whether a spec names a file, on this machine or on the hub."""
+    path = Path(spec).expanduser()
+    return path.is_file() or path.suffix in {*_FILES, *_PICKLES}
+
+
+def _parse_file(spec: str) -> str | Path:
+    """Return a file's path, or its place on the hub. Raises ValueError."""
+    path = Path(spec).expanduser()
+    if path.suffix in _PICKLES:
+        raise ValueError(f"{spec}: pickles are not supported, because they can run code; use safetensors or GGUF")
+    if path.is_file():
+        return path.resolve()
+    if spec.count("/") < 2 or spec.startswith((".", "/", "~")) or path.suffix not in _FILES:
+        raise ValueError(f"{spec}: neither a file nor a file on the hub, such as owner/name/file.gguf")
+    return spec
+
+
+def _parse_pipeline(spec: str) -> str | Path:
+    """Return a directory in diffusers layout, also for `demo`, or a hub id. Raises ValueError."""
     if spec == "demo":
         return DEMO
     path = Path(spec).expanduser()
     if (path / "model_index.json").is_file():
         return path.resolve()
-    if path.suffix in {".safetensors", ".gguf", ".ckpt"}:
-        raise ValueError(f"{spec}: single-file checkpoints are not supported; use a directory in diffusers layout")
     if path.exists() or spec.count("/") != 1 or spec.startswith((".", "/", "~")):
         raise ValueError(f"{spec}: neither a directory in diffusers layout (no model_index.json) nor a hub id")
     return spec

@@ -34,8 +34,11 @@ _LENGTH_BYTES = 8
 _MAX_NAMES, _MAX_CHARACTERS = 3, 400
 
 
-def verify(directory: Path) -> None:
-    """Check all files of a model or pipeline, before any of them is loaded. Raises BadWeights."""
+def verify(directory: Path, without: Collection[str] = ()) -> None:
+    """Check all files of a model or pipeline, before any of them is loaded. Raises BadWeights.
+
+    The components in `without` may lack shards.
+    """
     _refuse_links(directory)
     for path in sorted(directory.rglob("*")):
         if path.name == "adapter_config.json":
@@ -47,15 +50,18 @@ def verify(directory: Path) -> None:
             raise BadWeights(f"{path} is code, but weights must not contain code; remove the file")
         if path.suffix == ".json":
             _refuse_code(path)
-        if path.name.endswith(".safetensors.index.json"):
+        if path.name.endswith(".safetensors.index.json") and path.parent.name not in without:
             _refuse_shards(path)
         if path.suffix == ".safetensors":
             _check_tensors(path)
 
 
-def verify_pipeline(directory: Path, exclude: Collection[str]) -> None:
-    """Check all files, and all entries of model_index.json except those in `exclude`. Raises BadWeights."""
-    verify(directory)
+def verify_pipeline(directory: Path, exclude: Collection[str], without: Collection[str] = ()) -> None:
+    """Check all files, and all entries of model_index.json except those in `exclude`. Raises BadWeights.
+
+    Components in `without` need a configuration only: their weights come from elsewhere.
+    """
+    verify(directory, without)
     index, named = directory / "model_index.json", hub.read_model_index(directory)
     for name, (library, kind) in named.items():
         if name in exclude:
@@ -67,7 +73,7 @@ def verify_pipeline(directory: Path, exclude: Collection[str]) -> None:
             raise BadWeights(f"{index}: {name} is of {library}.{kind}, but only {allowed} is allowed; {REPLACE}")
     if missing := [name for name in CLASSES if name not in named]:
         raise BadWeights(f"{index} names no library and class for {', '.join(missing)}; {REPLACE}")
-    if missing := [name for name in hub.missing_components(directory) if name not in exclude]:
+    if missing := [name for name in hub.missing_components(directory, without) if name not in exclude]:
         problem = "is missing, or lacks its configuration or a safetensors file"
         raise BadWeights(f"{directory / missing[0]} {problem}; {RESTORE}")
 

@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from pathlib import Path
 
-from models.base import Model
+from models.base import Model, Weights
 from models.loading.specs import DEFAULT_ENDPOINT
 from server.errors import InvalidInput, UnknownModel
 
@@ -30,7 +29,7 @@ class ModelNames:
     """The served endpoints by name. Endpoints of one family with the same weights can stand in for each other."""
 
     def __init__(
-        self, models: Mapping[str, Model], weights: Mapping[str, str | Path | None], entries: Sequence[str] = ()
+        self, models: Mapping[str, Model], weights: Mapping[str, Weights | None], entries: Sequence[str] = ()
     ) -> None:
         """Store the served `models` and their `weights` by endpoint, and `entries` such as NAME=ENDPOINT.
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from models.base import EngineConfig
+from models.base import EngineConfig, Weights
 from models.benchmark.child import measure
 from models.benchmark.fidelity import PROMPTS
 from models.benchmark.job import Job, Measurement, Problem, Start, Workload
@@ -50,7 +50,7 @@ def run(settings: Settings, options: Options) -> Iterator[tuple[str, Report]]:
 
     Raises OSError if there is no place for temporary files, and ValueError for bad weights or if no plan was measured.
     """
-    where = None if options.shape else specs.parse_spec(settings.weights[0].rpartition("=")[2])
+    where = None if options.shape else specs.parse_spec(settings.weights[0].rpartition("=")[2], settings.base)
     report: Report = {
         "weights": f"random, {options.shape}" if options.shape else ", ".join(settings.weights),
         "prompts": list(options.prompts),
@@ -105,7 +105,7 @@ def read_prompts(path: Path | None) -> tuple[str, ...]:
     return prompts
 
 
-def _job(settings: Settings, options: Options, where: str | Path | None, plan: str, directory: Path) -> Job:
+def _job(settings: Settings, options: Options, where: Weights | None, plan: str, directory: Path) -> Job:
     config = EngineConfig(
         where,
         "",

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from models import discover
-from models.base import ExtraWeights
+from models.base import ExtraWeights, SingleFile, Weights
 from models.flux.flops import FLUX_DEV
 from models.loading import cpu, devices, hub, memory_plans, pipeline, specs, verify
 from server.settings import Settings
@@ -47,7 +47,7 @@ def run_checks(settings: Settings) -> Iterator[Check]:
         return
     models = discover(settings.models_dir)
     try:
-        weights_by_endpoint = specs.assign_weights(settings.weights, models)
+        weights_by_endpoint = specs.assign_weights(settings.weights, models, settings.base)
     except (ValueError, OSError) as error:
         yield Check("weights", False, str(error))
         return
@@ -74,7 +74,7 @@ def run_self_test(settings: Settings) -> Iterator[Check]:
 
     device = devices.device_for(settings.device)
     models = discover(settings.models_dir)
-    configs = engine_configs(settings, specs.assign_weights(settings.weights, models), models)
+    configs = engine_configs(settings, specs.assign_weights(settings.weights, models, settings.base), models)
     configs = {str(config.weights): config for config in configs.values()}
     config = next(iter(configs.values()))
     directory = compile_cache_dir(config) if device == "cuda" else None
@@ -167,7 +167,7 @@ def _device(settings: Settings) -> Generator[Check, None, tuple[str, int] | None
 
 
 def _weights(
-    where: str | Path,
+    where: Weights,
     endpoints: Sequence[str],
     needed: Collection[ExtraWeights],
     settings: Settings,
@@ -176,18 +176,19 @@ def _weights(
 ) -> Iterator[Check]:
     """Yield the checks of one set of weights. Raises OSError, with the reason, if the weights cannot be loaded."""
     name = _name(where)
-    directory = where if isinstance(where, Path) else hub.cached_path(where)
+    directory = pipeline.cached_directory(where)
     if directory is None:
-        yield Check(name, False, f"not downloaded yet; run `flux-server pull {where}`")
+        command = f"{where} --base {where.base}" if isinstance(where, SingleFile) else where
+        yield Check(name, False, f"not downloaded yet; run `flux-server pull {command}`")
         sizes = _FLUX_DEV_SIZES
     else:
-        verify.verify_pipeline(directory, pipeline.NON_PIPELINE_COMPONENTS)
+        contents = pipeline.verify_weights(where, directory)
         for extra in {specs.REDUX, *needed}:
             if found := specs.find_extra_weights(where, extra):
                 verify.verify(found)
-        sizes = pipeline.sizes_on_disk(where, directory, needed)
-        size = sum(sizes.values()) / 1e9
-        yield Check(name, True, f"weights are here, {size:.2f} GB, for {', '.join(endpoints)}")
+        sizes = pipeline.sizes_in_memory(where, directory, needed)
+        size, form = sum(sizes.values()) / 1e9, f"{contents.description}, " if contents else ""
+        yield Check(name, True, f"weights are here, {form}{size:.2f} GB, for {', '.join(endpoints)}")
     try:
         dtype = devices.dtype_for(settings.dtype, device, sum(sizes.values()))
         if device == "cpu":
@@ -195,11 +196,15 @@ def _weights(
     except OSError as error:
         yield Check(f"{name} type", False, str(error))
         return
-    sizes = {part: size * dtype.itemsize // 2 for part, size in sizes.items()}
-    yield _memory(name, sizes, settings, device, free)
+    if directory is None:
+        sizes = {part: size * dtype.itemsize // 2 for part, size in sizes.items()}
+    else:
+        sizes = pipeline.sizes_in_memory(where, directory, needed, dtype.itemsize)
+    quantization = pipeline.quantization_of(where) if directory else ""
+    yield _memory(name, sizes, settings, memory_plans.Target(device, settings.eager, quantization=quantization), free)
 
 
-def _name(where: str | Path) -> str:
+def _name(where: Weights) -> str:
     return "demo" if where == specs.DEMO else str(where)
 
 
@@ -217,13 +222,13 @@ def _type(transformer_size: int, directory: Path | None, dtype: Any) -> str:
         return f"{message}; {Device('cpu').step_description({**FLUX_DEV, **config}, dtype)}; use a GPU"
 
 
-def _memory(where: str, sizes: Mapping[str, int], settings: Settings, device: str, free: int) -> Check:
+def _memory(where: str, sizes: Mapping[str, int], settings: Settings, target: memory_plans.Target, free: int) -> Check:
     """Check that the chosen memory plan fits; the message lists the memory that each plan requires."""
     # With `auto`, a CPU always uses the first plan.
-    name, target = settings.memory, memory_plans.Target(device, settings.eager)
+    name = settings.memory
     allowed = memory_plans.allowed(name, settings.quantize)
     usable = [plan for plan in memory_plans.allowed("auto", settings.quantize) if not plan.problem(target)]
-    plans = usable[:1] if (device, name) == ("cpu", "auto") else usable
+    plans = usable[:1] if (target.device, name) == ("cpu", "auto") else usable
     needs = ", ".join(f"{plan.name} {plan.required_bytes(sizes) / 1e9:.2f} GB" for plan in plans)
     try:
         chosen = memory_plans.choose(allowed, sizes, free, target)
@@ -238,16 +243,16 @@ def _memory(where: str, sizes: Mapping[str, int], settings: Settings, device: st
     )
 
 
-def _checker(settings: Settings, weights: list[str | Path]) -> Check:
+def _checker(settings: Settings, weights: Sequence[Weights]) -> Check:
     try:
         return _found_checker(settings.safety_checker, weights)
     except OSError as error:
         return Check("safety checker", False, str(error))
 
 
-def _found_checker(name: str, weights: list[str | Path]) -> Check:
+def _found_checker(name: str, weights: Sequence[Weights]) -> Check:
     """Check the safety checkers included in the weights, or the configured one. Raises OSError for a malformed one."""
-    directories = [place if isinstance(place, Path) else hub.cached_path(place) for place in weights]
+    directories = [pipeline.cached_directory(place) for place in weights]
     included = [directory / "safety_checker" for directory in directories if directory is not None]
     if included and len(included) == len(directories) and all(directory.is_dir() for directory in included):
         checkers, message = included, "comes with the weights"

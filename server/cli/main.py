@@ -75,22 +75,44 @@ def serve(settings: Settings) -> None:
 @with_settings_options
 def pull(
     settings: Settings,
-    hub_id: Annotated[str, typer.Argument(help="Id on the Hugging Face hub, such as black-forest-labs/FLUX.1-dev.")],
+    hub_id: Annotated[
+        str,
+        typer.Argument(
+            help="Id on the Hugging Face hub, such as black-forest-labs/FLUX.1-dev, or with --base a file on it, such"
+            " as owner/name/file.gguf."
+        ),
+    ],
 ) -> None:
     """Download weights and the safety checker from the hub to this machine, with the token in HF_TOKEN if set."""
     disable_telemetry_and_warnings()
     from models.loading import hub, specs
 
+    is_file = specs.is_single_file(hub_id)
     try:
-        for name in dict.fromkeys((hub_id, settings.safety_checker)):
+        if is_file:
+            _pull_file(hub_id, settings.base)
+        for name in dict.fromkeys((*([] if is_file else [hub_id]), settings.safety_checker)):
             # The safety checker may be a local directory.
             if Path(name).is_dir():
                 continue
             directory = (hub.pull_lora if specs.is_lora(name) else hub.pull)(name)
             typer.echo(f"{name}: {hub.size(directory) / 1e9:.2f} GB of weights in {directory}")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(FAILED) from None
+
+
+def _pull_file(place: str, base: str) -> None:
+    """Download a single file, and of its base what the file lacks. Raises OSError and ValueError."""
+    from models.base import SingleFile
+    from models.loading import hub, pipeline, specs
+
+    weights = specs.parse_spec(place, base)
+    assert isinstance(weights, SingleFile)
+    path = pipeline.local_file(weights)
+    typer.echo(f"{place}: {path.stat().st_size / 1e9:.2f} GB of weights in {path.parent}")
+    directory = pipeline.weights_directory(weights)
+    typer.echo(f"{base}: {hub.size(directory) / 1e9:.2f} GB of weights in {directory}")
 
 
 @cli.command()

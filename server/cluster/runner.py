@@ -56,7 +56,7 @@ class Runner:
         max_input_bytes = int(settings.loras_gb * 1e9)
         self._inputs = InputCache(self._directory / "inputs", lambda: self._queue.input_names, max_input_bytes)
         models = discover(settings.models_dir)
-        weights_by_endpoint = specs.assign_weights(settings.weights, models)
+        weights_by_endpoint = specs.assign_weights(settings.weights, models, settings.base)
         self._crash_recorder = CrashRecorder(self._directory)
         self._worker = Worker(
             settings,

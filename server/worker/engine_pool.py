@@ -6,9 +6,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 
-from models.base import DeviceLost, Engine, EngineConfig, EngineInfo, ExtraWeights, LoadProgress, Model
+from models.base import DeviceLost, Engine, EngineConfig, EngineInfo, ExtraWeights, LoadProgress, Model, Weights
 from models.loading import pipeline, specs
 from server.settings import Settings
 
@@ -21,10 +20,10 @@ PAUSE_SECONDS = 120.0
 
 
 def engine_configs(
-    settings: Settings, weights_by_endpoint: Mapping[str, str | Path | None], models: Mapping[str, Model]
+    settings: Settings, weights_by_endpoint: Mapping[str, Weights | None], models: Mapping[str, Model]
 ) -> dict[str, EngineConfig]:
     """Return the engine configuration of each endpoint, from the settings and the weights of all endpoints."""
-    needed: dict[str | Path | None, set[ExtraWeights]] = {place: set() for place in weights_by_endpoint.values()}
+    needed: dict[Weights | None, set[ExtraWeights]] = {place: set() for place in weights_by_endpoint.values()}
     for endpoint, place in weights_by_endpoint.items():
         needed[place].update(models[endpoint].extra_weights)
     return {

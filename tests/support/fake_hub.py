@@ -3,12 +3,14 @@
 import hashlib
 import http.server
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 #: Small enough to split the two large components into several shards.
@@ -125,7 +127,7 @@ class Hub:
         return Handler
 
     def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
-        path = request.path.partition("?")[0]
+        path = unquote(request.path.partition("?")[0])
         hub_id = next((name for name in self.repositories if f"/{name}/" in f"{path}/"), None)
         if hub_id is None:
             _refuse(request, 404, "RepoNotFound", "Repository not found")
@@ -134,7 +136,7 @@ class Hub:
         elif path.startswith("/api/models/"):
             self._describe(request, path, self.repositories[hub_id])
         else:
-            self._send(request, self.repositories[hub_id], path.split(f"/resolve/{COMMIT}/")[-1])
+            self._send(request, self.repositories[hub_id], re.split(r"/resolve/(?:main|" + COMMIT + ")/", path)[-1])
 
     def _describe(self, request: http.server.BaseHTTPRequestHandler, path: str, directory: Path) -> None:
         names = sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file())

@@ -55,7 +55,7 @@ def test_weights_of_many_endpoints_are_checked_once(tmp_path: Path) -> None:
 
 
 def test_no_plan_is_recommended_when_none_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.loading.hub.cached_path", lambda hub_id: None)
+    monkeypatch.setattr("models.loading.hub.cached_path", lambda *_: None)
     memory = psutil.virtual_memory()._replace(available=23_200_000_000)
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
     message = checks(tmp_path, HUB_ID)[f"{HUB_ID} memory"].message
@@ -72,7 +72,7 @@ def test_the_dtype_on_a_cpu_is_shown(tmp_path: Path) -> None:
 def test_full_size_weights_on_a_cpu_are_shown_with_the_time_of_a_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.loading.hub.cached_path", lambda hub_id: None)
+    monkeypatch.setattr("models.loading.hub.cached_path", lambda *_: None)
     monkeypatch.setattr("models.flux.device.Device.matmul_rate", lambda self, dtype: 1e12)
     message = checks(tmp_path, HUB_ID)[f"{HUB_ID} type"].message
     assert message.startswith("bfloat16; a step at 1024x768 takes at least 55 s, and an image of 28 steps 26 min")

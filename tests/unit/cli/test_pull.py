@@ -8,10 +8,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+from diffusers import FluxTransformer2DModel
 
 from models.loading import hub as hub_module
 from tests.support.fake_hub import Hub, running_hub, write_checker, write_flux_dev
 from tests.support.server_process import ROOT, serving
+from tests.support.single_files import write_gguf
 from tests.support.tiny_kinds import write_control_lora
 
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
@@ -134,8 +136,40 @@ def test_nothing_is_downloaded_from_a_repository_that_is_not_in_diffusers_layout
         result = pull(hub, tmp_path / "cache", "tencent/SRPO")
     assert result.returncode == 1
     assert "tencent/SRPO has neither model_index.json nor config.json" in result.stderr
-    assert "serve ENDPOINT=DIRECTORY" in result.stderr
+    assert "to serve one of its files, name tencent/SRPO/FILE and a --base" in result.stderr
     assert hub.requested_files == []
+
+
+def test_of_the_base_of_a_file_only_what_the_file_lacks_is_pulled(
+    hub: Hub, repositories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "files" / "sub").mkdir(parents=True)
+    transformer = FluxTransformer2DModel.from_pretrained(repositories[FLUX_DEV] / "transformer")
+    write_gguf(tmp_path / "files" / "sub" / "flux-Q8_0.gguf", transformer.state_dict(), "Q8_0")
+    hub.repositories = {**hub.repositories, "city/flux-gguf": tmp_path / "files"}
+    cache, place = tmp_path / "cache", "city/flux-gguf/sub/flux-Q8_0.gguf"
+    completed = pull(hub, cache, place, FLUX_SERVER_BASE=FLUX_DEV)
+    assert completed.returncode == 0, completed.stderr
+    downloaded = files_of(snapshot(cache))
+    assert {name for name in downloaded if name.startswith("transformer/")} == {"transformer/config.json"}
+    assert hub_module.missing_components(snapshot(cache)) == ["transformer"]
+    assert files_of(snapshot(cache, "city/flux-gguf")) == {"sub/flux-Q8_0.gguf"}
+    hub.close()
+    for name, value in environment(hub, cache).items():
+        monkeypatch.setenv(name, value)
+    with serving(tmp_path / "data", f"fal-ai/flux/dev={place}", base=FLUX_DEV) as server:
+        body = {"prompt": "a fish", "image_size": {"width": 64, "height": 64}, "num_inference_steps": 1}
+        httpx.post(f"{server.ready().url}/fal-ai/flux/dev", json=body, timeout=60).raise_for_status()
+
+
+def test_a_file_that_the_hub_does_not_have_is_reported(hub: Hub, tmp_path: Path) -> None:
+    place = f"{FLUX_DEV}/flux1-dev-Q4_0.gguf"
+    result = pull(hub, tmp_path, place, FLUX_SERVER_BASE=FLUX_DEV)
+    assert result.returncode == 1
+    assert f"{place} does not exist on the hub" in result.stderr
+    result = pull(hub, tmp_path, place)
+    assert result.returncode == 1
+    assert "name the weights that give them with --base" in result.stderr
 
 
 def test_an_unaccepted_license_is_reported(hub: Hub, tmp_path: Path) -> None:

@@ -37,11 +37,11 @@ def full_for(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     tried: dict[str, int] = {}
     load = pipeline._load
 
-    def fail(config: EngineConfig, directory: Path, sizes: Any, plan: memory_plans.Plan, device: str) -> Any:
+    def fail(config: EngineConfig, directory: Path, sizes: Any, plan: memory_plans.Plan, *more: Any) -> Any:
         tried[plan.name] = tried.get(plan.name, 0) + 1
         if plan.name in ("resident", "fp8-storage"):
             raise FULL
-        return load(config, directory, sizes, plan, device)
+        return load(config, directory, sizes, plan, *more)
 
     monkeypatch.setattr(pipeline, "_load", fail)
     return tried

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from models.base import EngineConfig, LoadProgress, Model
+from models.base import EngineConfig, LoadProgress, Model, SingleFile
 from models.flux_dev import FluxDev
 from models.loading import hub, memory_plans, pipeline
 from models.loading.pipeline import load_pipeline
@@ -82,11 +82,43 @@ def test_the_last_weights_of_an_endpoint_are_used(directory: Path) -> None:
     assert assign_weights(["demo", f"{DEV}={directory}"], MODELS) == {DEV: directory, SCHNELL: DEMO, NULL: None}
 
 
-@pytest.mark.parametrize("name", ["flux1-dev.safetensors", "flux1-dev-Q4.gguf", "flux.ckpt", "someone/flux.gguf"])
-@pytest.mark.parametrize("endpoint", ["", f"{DEV}="])
-def test_a_single_file_is_rejected_with_the_reason(name: str, endpoint: str) -> None:
-    message = problem(endpoint + name)
-    assert message == f"{name}: single-file checkpoints are not supported; use a directory in diffusers layout"
+@pytest.mark.parametrize("spec", ["{file}", f"{DEV}={{file}}"])
+@pytest.mark.parametrize("base", ["demo", HUB])
+def test_a_single_file_is_served_on_its_base(tmp_path: Path, spec: str, base: str) -> None:
+    # What the file is, its first bytes say, so its name needs no extension.
+    for name in ("flux1-dev.safetensors", "flux.gguf", "flux.SFT", "flux"):
+        file = tmp_path / name
+        file.touch()
+        expected = SingleFile(file, DEMO if base == "demo" else base)
+        assert assign_weights([spec.format(file=file)], MODELS, base) == {DEV: expected, NULL: None}
+
+
+def test_a_file_on_the_hub_is_served_on_its_base() -> None:
+    place = "city96/FLUX.1-dev-gguf/sub/flux1-dev-Q4_0.gguf"
+    assert assign_weights([f"{SCHNELL}={place}"], MODELS, HUB) == {SCHNELL: SingleFile(place, HUB), NULL: None}
+
+
+@pytest.mark.parametrize("name", ["a/b/flux1-dev.safetensors", "a/b/c.gguf"])
+def test_a_single_file_needs_a_base(name: str) -> None:
+    assert problem(name).startswith(f"{name}: a single file lacks text encoders or configurations; name the weights")
+
+
+@pytest.mark.parametrize("name", ["flux1-dev.safetensors", "someone/flux.gguf", "./a/b/flux.gguf", "/a/b/flux.gguf"])
+def test_a_file_that_is_not_there_is_rejected(name: str) -> None:
+    with pytest.raises(ValueError, match="neither a file nor a file on the hub, such as"):
+        assign_weights([name], MODELS, HUB)
+
+
+@pytest.mark.parametrize("name", ["flux.ckpt", "a/b/flux.pt", "flux.pth", "a/b/pytorch_model.bin"])
+def test_a_pickle_is_rejected(name: str) -> None:
+    with pytest.raises(ValueError, match="pickles are not supported, because they can run code"):
+        assign_weights([name], MODELS, HUB)
+
+
+def test_a_base_that_is_no_pipeline_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "flux.gguf").touch()
+    with pytest.raises(ValueError, match=f"{tmp_path}: neither a directory in diffusers layout"):
+        assign_weights([str(tmp_path / "flux.gguf")], MODELS, str(tmp_path))
 
 
 @pytest.mark.parametrize(
