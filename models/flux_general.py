@@ -1,4 +1,4 @@
-"""fal-ai/flux-general: FLUX.1 [dev] with LoRAs, a control LoRA, and classifier-free guidance with a negative prompt."""
+"""fal-ai/flux-general: FLUX.1 [dev] with LoRAs, control nets, a control LoRA, and classifier-free guidance."""
 
 from typing import Annotated, Any, Literal
 
@@ -33,6 +33,105 @@ from models.schema import (
 )
 
 
+def _at_start(value: float, info: ValidationInfo) -> float:
+    """Refuse an end that is not after the start, with which the control image would do nothing."""
+    if value <= info.data.get("start_percentage", 0):
+        raise PydanticCustomError("value_error", "end_percentage should be greater than start_percentage.")
+    return value
+
+
+def _refuse(value: Any, info: ValidationInfo) -> Any:
+    """Refuse a field of fal's that this server does not support, unless its value has no effect."""
+    if value not in (None, False, "", [], {}, _WITHOUT_EFFECT.get(info.field_name or "")):
+        raise PydanticCustomError("feature_not_supported", "This field is not supported by this server; leave it out.")
+    return value
+
+
+#: The most control nets of a request, and the most images of a union.
+MAX_CONTROLS = 4
+#: A field that only fal supports. It is not in the published schema.
+Unsupported = Annotated[SkipJsonSchema[Any], AfterValidator(_refuse)]
+#: The defaults of such fields, which some clients send.
+_WITHOUT_EFFECT = {
+    "mask_threshold": 0.5,
+    "reference_strength": 0.65,
+    "reference_start": 0,
+    "reference_end": 1,
+    "scheduler": "euler",
+    "nag_scale": 3,
+    "nag_tau": 2.5,
+    "nag_alpha": 0.25,
+    "nag_end": 0.25,
+}
+ControlNetPath = Annotated[
+    str,
+    InputURL("control_net"),
+    Field(
+        min_length=1,
+        description="The URL of the control net, a safetensors file in diffusers' layout, or a Hugging Face id such as "
+        "owner/name.",
+        examples=["InstantX/FLUX.1-dev-Controlnet-Canny"],
+    ),
+]
+ConfigURL = Annotated[
+    str | None, Field(description="Not needed and not fetched: the configuration follows from the file of the weights.")
+]
+ControlNetImageURL = Annotated[
+    str,
+    InputURL("image"),
+    Field(description="The URL of the control image, as the control net expects it.", examples=[EXAMPLE_IMAGE]),
+]
+ConditioningScale = Annotated[float, Field(ge=0, le=2, description="How closely to follow the control image.")]
+StartPercentage = Annotated[
+    float, Field(ge=0, lt=1, description="The share of the steps after which the control image is followed.")
+]
+EndPercentage = Annotated[
+    float,
+    AfterValidator(_at_start),
+    Field(gt=0, le=1, description="The share of the steps after which the control image is followed no more."),
+]
+
+
+class ControlNet(InputPart):
+    """A control net, and the image that it follows."""
+
+    path: ControlNetPath
+    config_url: ConfigURL = None
+    variant: Unsupported = None
+    image_url: ControlNetImageURL
+    mask_url: Unsupported = None
+    conditioning_scale: ConditioningScale = 1
+    start_percentage: StartPercentage = 0
+    end_percentage: EndPercentage = 1
+    ip_adapter_index: Unsupported = None
+
+
+class ControlNetUnionInput(InputPart):
+    """An image that a union of control nets follows, and what it shows."""
+
+    control_image_url: ControlNetImageURL
+    mask_image_url: Unsupported = None
+    control_mode: Literal["canny", "tile", "depth", "blur", "pose", "gray", "low-quality"] = Field(
+        description="What the control image shows."
+    )
+    conditioning_scale: ConditioningScale = 1
+    mask_threshold: Unsupported = None
+    start_percentage: StartPercentage = 0
+    end_percentage: EndPercentage = 1
+
+
+class ControlNetUnion(InputPart):
+    """A union of control nets, which are one network, and the images that it follows."""
+
+    path: ControlNetPath
+    config_url: ConfigURL = None
+    variant: Unsupported = None
+    controls: Annotated[
+        list[ControlNetUnionInput],
+        Field(min_length=1, max_length=MAX_CONTROLS, description="The images to follow, each with its mode."),
+    ]
+
+
 class ControlLoraWeight(InputPart):
     """A control LoRA, its scale, and the image that it follows."""
 
@@ -56,29 +155,17 @@ class ControlLoraWeight(InputPart):
     )
 
 
-def _refuse(value: Any, info: ValidationInfo) -> Any:
-    """Refuse a field of fal's that this server does not support, unless its value has no effect."""
-    if value not in (None, False, "", [], {}, _WITHOUT_EFFECT.get(info.field_name or "")):
-        raise PydanticCustomError("feature_not_supported", "This field is not supported by this server; leave it out.")
-    return value
-
-
-#: A field that only fal supports. It is not in the published schema.
-Unsupported = Annotated[SkipJsonSchema[Any], AfterValidator(_refuse)]
-#: The defaults of such fields, which some clients send.
-_WITHOUT_EFFECT = {
-    "reference_strength": 0.65,
-    "reference_start": 0,
-    "reference_end": 1,
-    "scheduler": "euler",
-    "nag_scale": 3,
-    "nag_tau": 2.5,
-    "nag_alpha": 0.25,
-    "nag_end": 0.25,
-}
 ControlLoras = Annotated[
     list[ControlLoraWeight],
     Field(max_length=1, description="The control LoRA to use for the image generation; at most one."),
+]
+ControlNets = Annotated[
+    list[ControlNet],
+    Field(max_length=MAX_CONTROLS, description="The control nets to use for the image generation."),
+]
+ControlNetUnions = Annotated[
+    list[ControlNetUnion],
+    Field(max_length=1, description="The union of control nets to use for the image generation; at most one."),
 ]
 RealCfgScale = Annotated[
     float,
@@ -115,8 +202,8 @@ class _GeneralInput(ImageInput):
     seed: OptionalSeed = None
     loras: Loras = Field([])
     control_loras: ControlLoras = Field([])
-    controlnets: Unsupported = None
-    controlnet_unions: Unsupported = None
+    controlnets: ControlNets = Field([])
+    controlnet_unions: ControlNetUnions = Field([])
     ip_adapters: Unsupported = None
     easycontrols: Unsupported = None
     fill_image: Unsupported = None
@@ -155,13 +242,13 @@ class _GeneralInput(ImageInput):
 
 
 class FluxGeneralInput(_GeneralInput):
-    """A request to FLUX.1 [dev] for an image, with LoRAs, a control LoRA and a negative prompt."""
+    """A request to FLUX.1 [dev] for an image, with LoRAs, control nets and a negative prompt."""
 
     image_size: Size = Field("landscape_4_3", validate_default=True, description="The size of the generated image.")
 
 
 class FluxGeneralImageToImageInput(_GeneralInput):
-    """A request to FLUX.1 [dev] to change an image, with LoRAs, a control LoRA and a negative prompt."""
+    """A request to FLUX.1 [dev] to change an image, with LoRAs, control nets and a negative prompt."""
 
     image_size: SizeOfInput = None
     image_url: ImageURL
@@ -169,7 +256,7 @@ class FluxGeneralImageToImageInput(_GeneralInput):
 
 
 class FluxGeneralInpaintingInput(_GeneralInput):
-    """A request to change the masked part of an image, with LoRAs, a control LoRA and a negative prompt."""
+    """A request to change the masked part of an image, with LoRAs, control nets and a negative prompt."""
 
     image_size: SizeOfInput = None
     image_url: ImageURL
@@ -178,7 +265,7 @@ class FluxGeneralInpaintingInput(_GeneralInput):
 
 
 class FluxGeneral(FluxDev):
-    """FLUX.1 [dev] with LoRAs, a control LoRA, and classifier-free guidance with a negative prompt."""
+    """FLUX.1 [dev] with LoRAs, control nets, a control LoRA, and classifier-free guidance."""
 
     endpoint = "fal-ai/flux-general"
     Input: type[ImageInput] = FluxGeneralInput

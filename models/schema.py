@@ -38,13 +38,13 @@ MAX_SEED = 2**53 - 4
 
 @dataclass(frozen=True)
 class InputURL:
-    """A marker for a field that holds the URL of an image or a LoRA, fetched before the request is accepted."""
+    """A marker for a field that holds the URL of a file of this kind, fetched before the request is accepted."""
 
-    kind: Literal["image", "lora"]
+    kind: Literal["image", "lora", "control_net"]
 
 
 def input_urls(request: BaseModel, loc: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], str, str]]:
-    """Yield the field path, the kind ("image" or "lora") and the URL of each field marked with InputURL."""
+    """Yield the path, the kind of file and the URL of each field marked with InputURL."""
     for name, field in type(request).model_fields.items():
         value = getattr(request, name)
         for marker in field.metadata:

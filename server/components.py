@@ -199,6 +199,7 @@ def _inputs(settings: Settings, pending: PendingStorage, files: FileStore) -> In
         Limits(max_side=settings.max_side, max_pixels=settings.max_pixels),
         pending_bytes=pending.num_bytes,
         max_lora_bytes=settings.max_lora_mib * 2**20,
+        max_control_net_bytes=settings.max_control_net_mib * 2**20,
         max_bytes_per_owner=int(settings.max_uploads_gb * 1e9),
     )
 

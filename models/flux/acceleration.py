@@ -38,8 +38,8 @@ class Tier:
 
     Attributes:
         name: the value of `acceleration` in requests.
-        transformer: a FluxTransformer2DModel, possibly compiled; None for tasks with LoRAs, which use the clone of
-            `LoraManager`.
+        transformer: a FluxTransformer2DModel, possibly compiled; None for tasks with LoRAs or control nets, which use
+            the clone of `LoraManager` or the pipeline's own.
         shares_forwards: whether several images may share one forward.
         skips_blocks: whether a first-block cache is used.
         is_ready: whether requests can use the tier without waiting for compilation.
@@ -65,7 +65,7 @@ _UNCOMPILED = (Tier("none", None), Tier("regular", None, shares_forwards=True))
 
 
 def uncompiled_tiers(offered: Sequence[Tier]) -> list[Tier]:
-    """Return the tiers for tasks with LoRAs: "none" and "regular", if they are offered. Both run uncompiled."""
+    """Return the uncompiled tiers, for tasks with LoRAs or control nets: "none" and "regular", if they are offered."""
     names = {tier.name for tier in offered}
     return [tier for tier in _UNCOMPILED if tier.name in names]
 

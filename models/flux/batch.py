@@ -1,11 +1,11 @@
 """A forward of the transformer: the selection of images that share it, and the prediction of their velocities."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from models.flux import first_block_cache
+from models.flux import control_nets, first_block_cache
 from models.flux.prompt_cache import PromptEmbeds
 from models.flux.sample import Sample
 from models.flux.task import FluxTask
@@ -40,20 +40,41 @@ def predict_velocities(transformer: Any, samples: Sequence[Sample]) -> Sequence[
     They share one forward, and a second one for the negative prompts of real guidance. A sample with a first-block
     cache must be alone.
     """
-    velocities = _forward(transformer, samples, [sample.text for sample in samples])
+    texts = [sample.text for sample in samples]
+    added = _added(transformer, samples[0], texts)
+    velocities = _forward(transformer, samples, texts, added)
     guides = [sample.real_cfg for sample in samples if sample.real_cfg]
     if not guides:
         return velocities
-    negatives = _forward(transformer, samples, [guide.text for guide in guides])
+    negatives = _forward(transformer, samples, [guide.text for guide in guides], added)
     return [guide.guide(*pair) for guide, *pair in zip(guides, velocities, negatives, strict=True)]
 
 
-def _forward(transformer: Any, samples: Sequence[Sample], texts: Sequence[PromptEmbeds]) -> Sequence[torch.Tensor]:
-    first = samples[0]
+def _added(transformer: Any, sample: Sample, texts: Sequence[PromptEmbeds]) -> dict[str, Any]:
+    """Return what the control nets of a sample add to the blocks of the transformer; nothing without control nets."""
+    if not sample.controls:
+        return {}
+    inputs = {**_inputs([sample], texts), "hidden_states": sample.latents}
+    return control_nets.residuals(sample.controls, sample.step, len(sample.timesteps), inputs, transformer.config)
+
+
+def _forward(
+    transformer: Any, samples: Sequence[Sample], texts: Sequence[PromptEmbeds], added: Mapping[str, Any]
+) -> Sequence[torch.Tensor]:
+    first, inputs = samples[0], {**_inputs(samples, texts), **added}
     num_tokens = first.latents.shape[1]
+    if first.cache is not None:
+        return [first_block_cache.velocity(transformer, first.cache, **inputs)[:, :num_tokens]]
+    velocities: Sequence[torch.Tensor] = transformer(**inputs, return_dict=False)[0][:, :num_tokens].split(1)
+    return velocities
+
+
+def _inputs(samples: Sequence[Sample], texts: Sequence[PromptEmbeds]) -> dict[str, Any]:
+    """Return the arguments of a forward of the transformer, for the prompts or for the negative prompts."""
+    first = samples[0]
     timesteps = torch.stack([sample.timestep for sample in samples])
     guidance = [sample.guidance for sample in samples]
-    inputs = {
+    return {
         "hidden_states": _concatenate([_seen(sample) for sample in samples]),
         "timestep": timesteps.to(first.latents.dtype) / 1000,
         "guidance": None if first.guidance is None else _concatenate(guidance),
@@ -62,10 +83,6 @@ def _forward(transformer: Any, samples: Sequence[Sample], texts: Sequence[Prompt
         "txt_ids": texts[0].ids,
         "img_ids": torch.cat([first.latent_ids, first.reference.ids]) if first.reference else first.latent_ids,
     }
-    if first.cache is not None:
-        return [first_block_cache.velocity(transformer, first.cache, **inputs)[:, :num_tokens]]
-    velocities: Sequence[torch.Tensor] = transformer(**inputs, return_dict=False)[0][:, :num_tokens].split(1)
-    return velocities
 
 
 def _seen(sample: Sample) -> torch.Tensor:

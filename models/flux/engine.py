@@ -1,7 +1,6 @@
 """The FLUX engine, in which tasks share one device and advance step by step."""
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -18,25 +17,25 @@ from models.base import (
     GenerationFailed,
     GenerationTask,
 )
-from models.flux import acceleration, batch, control, fill, input_images, kontext, real_cfg
+from models.flux import acceleration, batch, control, control_nets, fill, input_images, real_cfg
 from models.flux.acceleration import Tier
 from models.flux.attempts import Attempts
 from models.flux.batch import BatchItem
 from models.flux.control import DepthEstimator
+from models.flux.control_nets import ControlNetManager
 from models.flux.decoder import COMPILED_DECODER, Decoder
 from models.flux.device import Device, summary
 from models.flux.first_block_cache import FirstBlockCache
-from models.flux.flops import step_flops
-from models.flux.input_images import InputImages
 from models.flux.loras import LoraManager, adapters_of
 from models.flux.preview import Preview
-from models.flux.prompt_cache import FLUX_TEXT_TOKENS, PromptCache, count_text_tokens
+from models.flux.prompt_cache import PromptCache, count_text_tokens
 from models.flux.real_cfg import RealCfg
 from models.flux.redux import Redux
 from models.flux.safety_checker import Checker
 from models.flux.sample import Sample, begin, unpacked
 from models.flux.sharing import Sharing
 from models.flux.task import FluxTask
+from models.flux.work import step_work, work_of_control_nets
 from models.loading import conditioning, devices
 from models.loading.memory_plans import PLANS, Plan
 
@@ -68,6 +67,7 @@ class FluxEngine:
         self.sharing = sharing or Sharing(self.device.now)
         self.plan = plan
         self.loras = LoraManager(pipeline) if plan.is_resident else None
+        self.control_nets = ControlNetManager(pipeline)
         self.redux = redux
         self.depth_estimator = depth_estimator
         #: The files of the server's control LoRAs, by name: "canny" or "depth".
@@ -143,7 +143,8 @@ class FluxEngine:
         # Empty this list instead of deleting it, because `warm_up` on another thread may still read it.
         self.tiers = []
         self.decoder.close()
-        del self.pipeline, self.checker, self.prompts, self.loras, self.redux, self.previews, self.depth_estimator
+        del self.pipeline, self.checker, self.prompts, self.loras, self.control_nets
+        del self.redux, self.previews, self.depth_estimator
         self.device.free()
 
     def freeze_compilation(self) -> None:
@@ -167,13 +168,16 @@ class FluxEngine:
         loras = adapters_of(request, inputs, images.control_lora, self.control_loras)
         if loras and self.loras is None:
             raise GenerationFailed("LoRA weights do not work with this server's memory plan; use --memory resident.")
-        offered = acceleration.uncompiled_tiers(self.tiers) if loras else self.tiers
+        control_images = control_nets.images_of(request, inputs)
+        if control_images and not self.plan.is_resident:
+            raise GenerationFailed("Control nets do not work with this server's memory plan; use --memory resident.")
+        offered = acceleration.uncompiled_tiers(self.tiers) if loras or control_images else self.tiers
         tier = acceleration.best_ready(offered, getattr(request, "acceleration", "none"))
         sides = input_images.requested_size(request, images, self.multiple)
         width, height = (max(self.multiple, side // self.multiple * self.multiple) for side in sides)
-        work = self._step_work(width, height, images) * (2 if real_cfg.is_used(request) else 1)
+        work = step_work(self, request, (width, height), images)
         dtype = devices.type_name(self.pipeline.transformer.dtype)
-        return FluxTask(request, seed, width, height, tier, work, dtype, images, loras)
+        return FluxTask(request, seed, width, height, tier, work, dtype, images, loras, control_images)
 
     @torch.no_grad()
     def advance(self, task: GenerationTask, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
@@ -205,9 +209,7 @@ class FluxEngine:
         """Decode the next image. Raises NonFiniteOutput, or DeviceLost after several such images."""
         assert isinstance(task, FluxTask)
         sample = task.samples[len(task.images)]
-        # Only with these can a request itself be why values are not finite.
-        can_overflow = any(lora.loc or lora.scale > 1 for lora in task.loras) or real_cfg.is_used(task.request)
-        image = self.decoder.decode(sample, task.description, can_overflow=can_overflow)
+        image = self.decoder.decode(sample, task.description, can_overflow=task.can_overflow)
         task.images.append(fill.finish(image, task.request, task.inputs))
         sample.free()
 
@@ -244,14 +246,15 @@ class FluxEngine:
         first = members[0][1]
         size = (task.tier.name, bool(task.loras), first.num_tokens, first.real_cfg is not None)
         members = members[: self.sharing.number(size, len(members))]
-        transformer = self._pipeline_of(task).transformer if task.loras else task.tier.transformer
+        transformer = task.tier.transformer or self._pipeline_of(task).transformer
         with self.sharing.timed(size, len(members)):
             return members, batch.predict_velocities(transformer, [sample for _, sample in members])
 
     def _step_alone(self, task: FluxTask) -> tuple[list[BatchItem], Sequence[torch.Tensor]]:
-        """Run the forward of one sample alone, after unloading the LoRAs that the task does not use."""
+        """Run the forward of one sample alone, after unloading the LoRAs and control nets that it does not use."""
         if self.loras:
             self.loras.unload_idle(task.loras)
+        self.control_nets.unload_idle(task.control_images)
         return self._step(task, (), limit=1)
 
     def _select_batch(self, task: FluxTask, others: Sequence[FluxTask]) -> list[BatchItem]:
@@ -259,15 +262,6 @@ class FluxEngine:
         candidates = [other for other in others if batch.can_share(task, other)]
         due = [(task, self._due(task)), *((other, self._due_candidates(other)) for other in candidates)]
         return batch.select_batch(due)
-
-    def _step_work(self, width: int, height: int, images: InputImages) -> int:
-        num_text_tokens = FLUX_TEXT_TOKENS if images.prompt else self.num_text_tokens
-        if self.redux and (images.prompt or images.after_prompt):
-            num_text_tokens += self.redux.num_image_tokens
-        num_tokens = width * height // self.multiple**2
-        if images.reference:
-            num_tokens += math.prod(kontext.trained_size(images.reference, self.multiple)) // self.multiple**2
-        return step_flops(self.pipeline.transformer.config, num_tokens, num_text_tokens)
 
     # -- start and end of an image
 
@@ -280,7 +274,11 @@ class FluxEngine:
             text = self.redux.append(text, task.inputs.after_prompt)
         size = (task.width, task.height)
         task.inputs = control.prepare(task.inputs, size, self.depth_estimator)
-        sample = begin(self.pipeline, self.device.name, text, task.request, size, seed, task.inputs)
+        nets = self.control_nets.load(task.control_images)
+        if not task.samples:
+            task.step_work += work_of_control_nets(self, nets, task.size)
+        images = list(zip(task.control_images, nets, strict=True))
+        sample = begin(self.pipeline, self.device.name, text, task.request, size, seed, task.inputs, images)
         if real_cfg.is_used(task.request):
             negative = self.prompts.encode(task.request.negative_prompt, self._pipeline_of(task), task.loras)
             sample.real_cfg = RealCfg(negative, task.request.real_cfg_scale)

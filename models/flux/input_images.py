@@ -88,12 +88,15 @@ def read(request: Any, files: Mapping[str, Path]) -> InputImages:
     return InputImages(start=image, mask=mask, reference=reference)
 
 
-def _open(path: Path | None) -> Image | None:
-    if path is None:
-        return None
+def open_image(path: Path) -> Image:
+    """Read the PNG file of an input image into memory. Raises OSError."""
     with PIL.Image.open(path, formats=("PNG",)) as image:
         image.load()
         return image
+
+
+def _open(path: Path | None) -> Image | None:
+    return open_image(path) if path else None
 
 
 def requested_size(request: Any, images: InputImages, multiple: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """An image during generation: how it starts, takes steps and is unpacked, as in diffusers' FLUX pipelines."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
-from models.flux import control, fill, kontext
+from models.flux import control, control_nets, fill, kontext
+from models.flux.control_nets import Control, ControlImage
 from models.flux.first_block_cache import FirstBlockCache
 from models.flux.image_encoder import ImageEncoder
 from models.flux.inpainting import Inpainting, packed_mask
@@ -34,6 +36,8 @@ class Sample:
     cache: FirstBlockCache | None = None
     #: What the transformers of Fill, Canny and Depth see next to the latents: (1, image tokens, channels).
     channels: Any = None
+    #: The control nets, each with its control image.
+    controls: Sequence[Control] = ()
     #: The reference image for the transformer of Kontext; None for other requests.
     reference: Reference | None = None
     #: Restores the unmasked part of the input image after each step; None without a mask.
@@ -56,10 +60,11 @@ class Sample:
     def key(self) -> tuple[int, ...]:
         """The sizes of image, text and reference image, and the number of forwards a step.
 
-        Only samples with equal keys can share a forward.
+        Only samples with equal keys can share a forward. A sample with control nets shares none.
         """
         reference = self.reference.size if self.reference else ()
-        return (self.width, self.height, self.text.prompt_embeds.shape[1], 2 if self.real_cfg else 1, *reference)
+        own = (id(self),) if self.controls else ()
+        return (self.width, self.height, self.text.prompt_embeds.shape[1], 2 if self.real_cfg else 1, *reference, *own)
 
     @property
     def timestep(self) -> Any:
@@ -91,6 +96,7 @@ class Sample:
         """Release the latents and all else that a decoded image does not need."""
         self.latents = self.velocity = self.cache = self.inpainting = None
         self.channels = self.reference = None
+        self.controls = ()
 
 
 def first_step(request: Any) -> int:
@@ -108,12 +114,14 @@ def begin(
     size: tuple[int, int],
     seed: int,
     inputs: InputImages,
+    nets: Sequence[tuple[ControlImage, Any]] = (),
 ) -> Sample:
     """Return a new sample, with latents, timesteps and guidance, for an image of `size`, (width, height) in pixels.
 
     Start from noise as FluxPipeline does, or from an image mixed with noise as FluxImg2ImgPipeline does. With a mask,
     keep the image where the mask is black, as FluxInpaintPipeline does. With a hole, do what FluxFillPipeline does,
-    with a control image what the FluxControl pipelines do, and with a reference image what those of Kontext do.
+    with a control image what the FluxControl pipelines do, and with a reference image what those of Kontext do. With
+    control nets, `nets`, each with its control image, do what the FluxControlNet pipelines do.
     """
     width, height = size
     # Draw noise on the CPU, so that a seed gives the same noise on every device.
@@ -132,6 +140,7 @@ def begin(
         encoder.noise(torch.Size([1, pipeline.vae.config.latent_channels, rows, columns]))
     if inputs.control:
         sample.channels = control.channels(encoder, inputs.control)
+    sample.controls = [control_nets.prepare(encoder, image, net, request.guidance_scale) for image, net in nets]
     if inputs.start:
         sample.timesteps = timesteps[first_step(request) :]
         scheduler.set_begin_index(first_step(request))

@@ -1,6 +1,7 @@
 """Input files of requests, named by the hash of their content.
 
-Images are kept while an unfinished request needs them. LoRA files are kept longer, as long as they fit --loras-gb.
+Images are kept while an unfinished request needs them. LoRAs and control nets are kept longer, as long as they fit
+--loras-gb.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from server.storage.file_store import is_server_file
 
 #: A file that was used within this many seconds is not swept, because its request may not be accepted yet.
 GRACE_SECONDS = 600.0
-LORA = ".safetensors"
+WEIGHTS = ".safetensors"
 #: The directory of input files in the data directory.
 INPUTS = "inputs"
 #: The names of complete files, and of files that are being written.
@@ -112,15 +113,15 @@ class InputCache:
         needed = self._in_use()
         paths = (path for path in self._directory.iterdir() if is_server_file(path, _SERVER_FILE))
         idle = sorted((path for path in paths if path.name not in needed), key=_used_at)
-        excess = sum(self._size(path.name) for path in self._directory.glob(f"*{LORA}")) - self.max_kept_bytes
+        excess = sum(self._size(path.name) for path in self._directory.glob(f"*{WEIGHTS}")) - self.max_kept_bytes
         num_deleted = 0
         for path in idle:
-            if path.suffix == LORA and excess <= 0:
+            if path.suffix == WEIGHTS and excess <= 0:
                 continue
             size = self._size(path.name)
             if self._delete(path):
                 num_deleted += 1
-                excess -= size if path.suffix == LORA else 0
+                excess -= size if path.suffix == WEIGHTS else 0
         return num_deleted
 
     def _delete(self, path: Path) -> bool:

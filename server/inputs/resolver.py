@@ -1,4 +1,4 @@
-"""The images and LoRAs that a request refers to, fetched and checked before the request is accepted."""
+"""The images and weights that a request refers to, fetched and checked before the request is accepted."""
 
 import asyncio
 import os
@@ -18,8 +18,8 @@ from models.image_size import Limits
 from models.schema import ImageInput, input_urls
 from server.errors import InternalError, InvalidInput, InvalidInputFile, QueueFull
 from server.executor import FairExecutor
-from server.inputs import hub, images, loras
-from server.inputs.cache import LORA, InputCache
+from server.inputs import hub, images, weights
+from server.inputs.cache import WEIGHTS, InputCache
 from server.inputs.spool import Spool, too_large
 from server.net.outbound import ForbiddenURL, OutboundClient
 from server.storage.file_store import NAME, FileStore, disk_errors
@@ -68,7 +68,7 @@ class _CachedDownload:
 
 
 class InputResolver:
-    """A resolver that stores the images and LoRA files of requests in the cache.
+    """A resolver that stores the images and weights of requests in the cache.
 
     Images are stored as RGB, scaled down to the limits. A job reads only the stored files, so a retry reads the same
     bytes.
@@ -83,6 +83,7 @@ class InputResolver:
         *,
         pending_bytes: Callable[[str, Collection[str]], int],
         max_lora_bytes: int = 2**30,
+        max_control_net_bytes: int = 2**32,
         max_bytes_per_owner: int = 5 * 10**9,
     ) -> None:
         """Start empty.
@@ -96,10 +97,9 @@ class InputResolver:
         self._pending_bytes = pending_bytes
         self.limits = limits
         self._max_bytes_per_owner = max_bytes_per_owner
-        self._kinds = {
-            "image": InputType(MAX_IMAGE_BYTES, 60.0, _store_image),
-            "lora": InputType(max_lora_bytes, 300.0, _store_lora, loras.check_start),
-        }
+        self._kinds = {"image": InputType(MAX_IMAGE_BYTES, 60.0, _store_image)}
+        for kind, max_bytes in (("lora", max_lora_bytes), ("control_net", max_control_net_bytes)):
+            self._kinds[kind] = InputType(max_bytes, 600.0, partial(_store_weights, kind), weights.check_start)
         self._known: OrderedDict[tuple[str, str], _CachedDownload] = OrderedDict()
         self._downloads = asyncio.Semaphore(MAX_DOWNLOADS)
         self._downloads_of = defaultdict[str, asyncio.Semaphore](partial(asyncio.Semaphore, MAX_DOWNLOADS_PER_OWNER))
@@ -179,11 +179,11 @@ class InputResolver:
         kind = self._kinds[kind_name]
         async with self._downloads_of[owner], self._downloads:
             try:
-                if kind_name == "lora":
+                if kind_name != "image":
                     url = await hub.resolve_hub_id(url, self.outbound, temp_path)
                 if not _SCHEME.match(url[:100]):
                     raise InvalidInputFile("file_download_error", _what_is_accepted(kind_name))
-                # The key contains the kind, because a file that was fetched as an image was not checked as a LoRA.
+                # The key contains the kind, because a file that was fetched as an image was not checked as weights.
                 cached = self._known.get((kind_name, url))
                 is_here = cached is not None and await self._executor.run(owner, self.cache.touch, cached.name)
                 etag = cached.etag if cached and is_here else ""
@@ -239,7 +239,7 @@ def dump_input(request: ImageInput, input_files: Mapping[str, str], received: Sp
             holder[loc[-1]] = input_files[".".join(map(str, loc))]
     text = str(to_json(body), "utf-8")
     if received and received.is_in(text):
-        message = "Long base64 data is accepted only as data URIs of images and LoRAs"
+        message = "Long base64 data is accepted only as data URIs of images and weights"
         raise InvalidInput.of("value_error", ("body",), message)
     return text
 
@@ -250,10 +250,10 @@ def _store_image(temp_path: Path, ready: Path, limits: Limits) -> str:
     return ".png"
 
 
-def _store_lora(temp_path: Path, ready: Path, limits: Limits) -> str:
-    loras.check(temp_path)
+def _store_weights(kind: str, temp_path: Path, ready: Path, limits: Limits) -> str:
+    weights.check(kind, temp_path)
     temp_path.rename(ready)
-    return LORA
+    return WEIGHTS
 
 
 def _own_name(url: str) -> str | None:
@@ -271,7 +271,7 @@ def _own_name(url: str) -> str | None:
 
 def _what_is_accepted(kind: str) -> str:
     """Return the error message for an input that is neither a URL nor a data URI, such as a path."""
-    more = ", or a hub id such as owner/name" if kind == "lora" else ""
+    more = ", or a hub id such as owner/name" if kind != "image" else ""
     return (
         "This should be an http or https URL, a data URI, or the URL of a file uploaded to this server"
         f"{more}; paths on the server's own disk are never read"

@@ -33,6 +33,8 @@ INPUT_FIELDS = {
     "fill_image",
     "loras",
     "control_loras",
+    "controlnets",
+    "controlnet_unions",
 }
 #: The kind of the weights of endpoints whose transformer sees more than that of FLUX.1 [dev].
 KINDS = {

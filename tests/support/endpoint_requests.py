@@ -11,7 +11,7 @@ from models.demo.recipe.export import LORA
 from models.loading.specs import DEMO
 from tests.support.fal_endpoints import FACTS
 from tests.support.image_files import decode, encode
-from tests.support.tiny_kinds import control_lora_for
+from tests.support.tiny_kinds import control_lora_for, control_net_for
 
 SIDE = 64
 #: The colour of the input image, and the greatest mean difference of areas that stay as they are. The demo's
@@ -20,11 +20,13 @@ ORANGE, TOLERANCE = (255, 165, 0), 32
 
 
 def upload_inputs(client: httpx.Client) -> dict[str, Any]:
-    """Upload an image, a mask and a LoRA to the server; return fields that refer to them."""
+    """Upload images, LoRAs and control nets to the server; return fields that refer to them."""
     image, mask = Image.new("RGB", (SIDE, SIDE), ORANGE), Image.new("L", (SIDE, SIDE))
     mask.paste(255, (0, 0, SIDE // 2, SIDE))
     lora = _upload(client, (DEMO / LORA).read_bytes(), "application/octet-stream")
     control_lora = _upload(client, control_lora_for(DEMO, 3), "application/octet-stream")
+    net = _upload(client, control_net_for(DEMO, 4), "application/octet-stream")
+    union = _upload(client, control_net_for(DEMO, 5, num_mode=7), "application/octet-stream")
     image_url = _upload(client, encode(image), "image/png")
     return {
         "image_url": image_url,
@@ -34,6 +36,8 @@ def upload_inputs(client: httpx.Client) -> dict[str, Any]:
         "fill_image": {"fill_image_url": image_url},
         "loras": [{"path": lora, "scale": 0.8}],
         "control_loras": [{"path": control_lora, "control_image_url": image_url}],
+        "controlnets": [{"path": net, "image_url": image_url}],
+        "controlnet_unions": [{"path": union, "controls": [{"control_image_url": image_url, "control_mode": "depth"}]}],
     }
 
 
@@ -51,6 +55,8 @@ def upload_other_inputs(client: httpx.Client) -> dict[str, Any]:
         "fill_image": {"fill_image_url": image_url},
         "loras": [],
         "control_loras": [],
+        "controlnets": [],
+        "controlnet_unions": [],
     }
 
 

@@ -1,10 +1,12 @@
-"""Small weights for the endpoints that the demo does not serve: Redux, Fill, Canny, Depth and control LoRAs."""
+"""Small weights for the endpoints that the demo does not serve: Redux, Fill, Canny, Depth, control LoRAs and nets."""
 
 import json
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, FluxControlNetModel, FluxTransformer2DModel
 from safetensors.torch import load_file, save, save_file
 from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessorPil
 
@@ -104,3 +106,26 @@ def write_depth(directory: Path) -> None:
         size={"height": 56, "width": 56}, keep_aspect_ratio=True, ensure_multiple_of=14, do_resize=True
     )
     processor.save_pretrained(directory)
+
+
+def control_net_for(directory: Path, seed: int, **changes: Any) -> bytes:
+    """Return a file with a random control net for the weights in a directory."""
+    transformer = FluxTransformer2DModel.from_pretrained(directory / "transformer")
+    return save(control_net(seed, transformer, **changes).state_dict())
+
+
+def control_net(seed: int, transformer: Any, **changes: Any) -> FluxControlNetModel:
+    """Make a control net with random weights for a transformer, with one block of either kind and no guidance."""
+    torch.manual_seed(seed)
+    base = transformer.config
+    names = ("in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim")
+    settings = {name: base[name] for name in names} | {"num_layers": 1, "num_single_layers": 1}
+    with warnings.catch_warnings():
+        # diffusers warns of a class that its own control net uses.
+        warnings.filterwarnings("ignore", "`FluxPosEmbed` is deprecated", FutureWarning)
+        net = FluxControlNetModel(**{**settings, "axes_dims_rope": base.axes_dims_rope, **changes}).eval()
+    # A new control net adds nothing: its last layers are zero.
+    for weight in net.parameters():
+        if not weight.any():
+            weight.data.normal_(std=0.2)
+    return net.to(transformer.dtype)

@@ -19,7 +19,7 @@ from werkzeug import Request, Response
 
 from models.schema import MAX_LORAS
 from server.errors import InvalidInputFile
-from server.inputs import lora_header, loras
+from server.inputs import weights, weights_header
 from tests.support.components import Clock, open_components, submission
 from tests.support.server_process import Server, serving
 from tests.unit.net.test_outbound import FORBIDDEN
@@ -115,15 +115,15 @@ def test_a_file_named_eight_times_is_fetched_once(user: httpx.Client, httpserver
 def test_a_header_is_read_by_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the server's process, the check would delay every request."""
 
-    def fail(path: Path) -> str:
+    def fail(path: Path, kind: str) -> str:
         raise AssertionError(path)
 
-    monkeypatch.setattr(lora_header, "problem", fail)
+    monkeypatch.setattr(weights_header, "problem", fail)
     (tmp_path / "a").write_bytes(GOOD)
-    loras.check(tmp_path / "a")
+    weights.check("lora", tmp_path / "a")
     (tmp_path / "b").write_bytes(HOSTILE["whole numbers"][0])
     with pytest.raises(InvalidInputFile, match="of type I64"):
-        loras.check(tmp_path / "b")
+        weights.check("lora", tmp_path / "b")
 
 
 def test_too_long_a_header_stops_the_download(user: httpx.Client, httpserver: HTTPServer) -> None:

@@ -19,8 +19,10 @@ from werkzeug import Request, Response
 
 from models.flux_control_lora import FluxControlLoraCannyInput, FluxControlLoraDepthImageToImageInput
 from models.flux_fill import FluxLoraFillInput
+from models.flux_general import FluxGeneralInput
 from models.flux_kontext import FluxKontextLoraInpaintInput
 from models.flux_lora import FluxLoraImageToImageInput, FluxLoraInpaintingInput
+from models.loading.specs import DEMO
 from models.schema import EXAMPLE_IMAGE, EXAMPLE_MASK, ImageInput
 from server.errors import InternalError, InvalidInput
 from server.inputs import child_process, images
@@ -29,6 +31,7 @@ from tests.support.components import Clock, Components, open_components, submiss
 from tests.support.hostile_images import ACCEPTED, AVIF, GIF, PNG, REFUSED
 from tests.support.image_files import data_uri, encode, noise_image
 from tests.support.server_process import Gate, Server, free_port, serving, wait_until_claimed, wait_until_completed
+from tests.support.tiny_kinds import control_net_for
 from tests.unit.net.test_outbound import FORBIDDEN
 
 COPY = "/test/copy"
@@ -436,6 +439,15 @@ OTHER_FIELDS: list[tuple[type[ImageInput], tuple[str, ...]]] = [
     (FluxKontextLoraInpaintInput, ("reference_image_url",)),
     (FluxLoraFillInput, ("fill_image", "fill_image_url")),
 ]
+
+
+def test_control_images_and_control_nets_are_checked(components: Components) -> None:
+    good, net, lora = data_uri(encode(noise_image())), data_uri(control_net_for(DEMO, 1)), data_uri(b"lora")
+    for path, image, loc in ((net, data_uri(b"no image"), "image_url"), (lora, good, "path")):
+        request = FluxGeneralInput.model_validate({"prompt": "x", "controlnets": [{"path": path, "image_url": image}]})
+        with pytest.raises(InvalidInput) as rejected:
+            asyncio.run(components.inputs.resolve(request, "me"))
+        assert rejected.value.detail[0]["loc"] == ["body", "controlnets", 0, loc]
 
 
 @pytest.mark.parametrize("name", ["bomb", "truncated png", "two million chunks"])

@@ -1,26 +1,26 @@
-"""Checks on LoRA files from clients, made before other code reads the files. All are untrusted."""
+"""Checks on LoRAs and control nets from clients, made before other code reads the files. All are untrusted."""
 
 import struct
 from pathlib import Path
 
 from server.errors import InvalidInputFile
-from server.inputs import lora_header
+from server.inputs import weights_header
 from server.inputs.child_process import run_program
 
-#: The longest header, which holds the names, types and shapes of the tensors. Real LoRAs for FLUX.1 have headers of a
+#: The longest header, which holds the names, types and shapes of the tensors. Real files for FLUX.1 have headers of a
 #: few hundred KiB.
 MAX_HEADER_BYTES = 8 * 2**20
 _LENGTH = struct.Struct("<Q")
 
 
-def check(path: Path) -> None:
-    """Check a LoRA file's header in another process. Blocks until the process ends.
+def check(kind: str, path: Path) -> None:
+    """Check the header of a file, of a kind in `weights_header.KINDS`, in another process. Blocks until that ends.
 
     Raises InvalidInputFile with the reason, and OSError and InternalError as `run_program` does.
     """
     _check_length(path)
     # For a bad file, the program prints the reason and exits normally.
-    reason = run_program(lora_header, path).output
+    reason = run_program(weights_header, path, kind).output
     if reason:
         raise _bad(reason.decode("utf-8", "replace"))
 
@@ -44,4 +44,4 @@ def _check_length(path: Path) -> None:
 
 
 def _bad(reason: str) -> InvalidInputFile:
-    return InvalidInputFile("value_error", f"The LoRA cannot be used: {reason}")
+    return InvalidInputFile("value_error", f"The weights cannot be used: {reason}")
