@@ -40,7 +40,7 @@ MAX_SEED = 2**53 - 4
 class InputURL:
     """A marker for a field that holds the URL of a file of this kind, fetched before the request is accepted."""
 
-    kind: Literal["image", "lora", "control_net"]
+    kind: Literal["image", "lora", "control_net", "ip_adapter"]
 
 
 def input_urls(request: BaseModel, loc: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], str, str]]:

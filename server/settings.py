@@ -149,9 +149,11 @@ class Settings(BaseModel):
         5, gt=0, description="Maximum GB of one key's uploads; its unfinished requests' inputs may take as much again."
     )
     max_lora_mib: int = Field(1024, ge=1, description="Largest LoRA file, in MiB.")
-    max_control_net_mib: int = Field(4096, ge=1, description="Largest file of a control net, in MiB.")
+    max_control_net_mib: int = Field(4096, ge=1, description="Largest file of a control net or an IP adapter, in MiB.")
     loras_gb: float = Field(
-        10, gt=0, description="GB on disk for LoRAs and control nets; the least recently used are deleted first."
+        10,
+        gt=0,
+        description="GB on disk for LoRAs, control nets and IP adapters; the least recently used are deleted first.",
     )
     retention_days: float = Field(7, gt=0, description="Days to keep results, images and uploads.")
     retention_gb: float = Field(

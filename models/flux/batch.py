@@ -42,10 +42,12 @@ def predict_velocities(transformer: Any, samples: Sequence[Sample]) -> Sequence[
     """
     texts = [sample.text for sample in samples]
     added = _added(transformer, samples[0], texts)
-    velocities = _forward(transformer, samples, texts, added)
+    prompts = samples[0].image_prompts
+    velocities = _forward(transformer, samples, texts, {**added, **_seen_images(prompts and prompts.states)})
     guides = [sample.real_cfg for sample in samples if sample.real_cfg]
     if not guides:
         return velocities
+    added |= _seen_images(prompts and prompts.negative)
     negatives = _forward(transformer, samples, [guide.text for guide in guides], added)
     return [guide.guide(*pair) for guide, *pair in zip(guides, velocities, negatives, strict=True)]
 
@@ -56,6 +58,10 @@ def _added(transformer: Any, sample: Sample, texts: Sequence[PromptEmbeds]) -> d
         return {}
     inputs = {**_inputs([sample], texts), "hidden_states": sample.latents}
     return control_nets.residuals(sample.controls, sample.step, len(sample.timesteps), inputs, transformer.config)
+
+
+def _seen_images(states: list[torch.Tensor] | None) -> dict[str, Any]:
+    return {"joint_attention_kwargs": {"ip_hidden_states": states}} if states else {}
 
 
 def _forward(

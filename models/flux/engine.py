@@ -17,15 +17,15 @@ from models.base import (
     GenerationFailed,
     GenerationTask,
 )
-from models.flux import acceleration, batch, control, control_nets, fill, input_images, real_cfg
+from models.flux import acceleration, batch, control, fill, input_images, real_cfg
 from models.flux.acceleration import Tier
 from models.flux.attempts import Attempts
 from models.flux.batch import BatchItem
 from models.flux.control import DepthEstimator
-from models.flux.control_nets import ControlNetManager
 from models.flux.decoder import COMPILED_DECODER, Decoder
 from models.flux.device import Device, summary
 from models.flux.first_block_cache import FirstBlockCache
+from models.flux.image_adapters import ImageAdapters
 from models.flux.loras import LoraManager, adapters_of
 from models.flux.preview import Preview
 from models.flux.prompt_cache import PromptCache, count_text_tokens
@@ -56,6 +56,7 @@ class FluxEngine:
         redux: Redux | None = None,
         depth_estimator: DepthEstimator | None = None,
         control_loras: Mapping[str, Path] = NO_INPUTS,
+        clip_vision: Path | None = None,
         sharing: Sharing | None = None,
         attempts: Attempts | None = None,
     ) -> None:
@@ -67,7 +68,7 @@ class FluxEngine:
         self.sharing = sharing or Sharing(self.device.now)
         self.plan = plan
         self.loras = LoraManager(pipeline) if plan.is_resident else None
-        self.control_nets = ControlNetManager(pipeline)
+        self.image_adapters = ImageAdapters(pipeline, clip_vision)
         self.redux = redux
         self.depth_estimator = depth_estimator
         #: The files of the server's control LoRAs, by name: "canny" or "depth".
@@ -143,7 +144,7 @@ class FluxEngine:
         # Empty this list instead of deleting it, because `warm_up` on another thread may still read it.
         self.tiers = []
         self.decoder.close()
-        del self.pipeline, self.checker, self.prompts, self.loras, self.control_nets
+        del self.pipeline, self.checker, self.prompts, self.loras, self.image_adapters
         del self.redux, self.previews, self.depth_estimator
         self.device.free()
 
@@ -168,16 +169,14 @@ class FluxEngine:
         loras = adapters_of(request, inputs, images.control_lora, self.control_loras)
         if loras and self.loras is None:
             raise GenerationFailed("LoRA weights do not work with this server's memory plan; use --memory resident.")
-        control_images = control_nets.images_of(request, inputs)
-        if control_images and not self.plan.is_resident:
-            raise GenerationFailed("Control nets do not work with this server's memory plan; use --memory resident.")
-        offered = acceleration.uncompiled_tiers(self.tiers) if loras or control_images else self.tiers
+        adapter_images = self.image_adapters.images_of(request, inputs, self.plan)
+        offered = acceleration.uncompiled_tiers(self.tiers) if loras or adapter_images else self.tiers
         tier = acceleration.best_ready(offered, getattr(request, "acceleration", "none"))
         sides = input_images.requested_size(request, images, self.multiple)
         width, height = (max(self.multiple, side // self.multiple * self.multiple) for side in sides)
         work = step_work(self, request, (width, height), images)
         dtype = devices.type_name(self.pipeline.transformer.dtype)
-        return FluxTask(request, seed, width, height, tier, work, dtype, images, loras, control_images)
+        return FluxTask(request, seed, width, height, tier, work, dtype, images, loras, adapter_images)
 
     @torch.no_grad()
     def advance(self, task: GenerationTask, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
@@ -247,14 +246,15 @@ class FluxEngine:
         size = (task.tier.name, bool(task.loras), first.num_tokens, first.real_cfg is not None)
         members = members[: self.sharing.number(size, len(members))]
         transformer = task.tier.transformer or self._pipeline_of(task).transformer
-        with self.sharing.timed(size, len(members)):
+        attached = self.image_adapters.attached(transformer, task.adapter_images)
+        with attached, self.sharing.timed(size, len(members)):
             return members, batch.predict_velocities(transformer, [sample for _, sample in members])
 
     def _step_alone(self, task: FluxTask) -> tuple[list[BatchItem], Sequence[torch.Tensor]]:
-        """Run the forward of one sample alone, after unloading the LoRAs and control nets that it does not use."""
+        """Run the forward of one sample alone, after unloading the LoRAs and other adapters that it does not use."""
         if self.loras:
             self.loras.unload_idle(task.loras)
-        self.control_nets.unload_idle(task.control_images)
+        self.image_adapters.unload_idle(task.adapter_images)
         return self._step(task, (), limit=1)
 
     def _select_batch(self, task: FluxTask, others: Sequence[FluxTask]) -> list[BatchItem]:
@@ -274,11 +274,12 @@ class FluxEngine:
             text = self.redux.append(text, task.inputs.after_prompt)
         size = (task.width, task.height)
         task.inputs = control.prepare(task.inputs, size, self.depth_estimator)
-        nets = self.control_nets.load(task.control_images)
+        nets = self.image_adapters.control_nets.load(task.adapter_images.control)
         if not task.samples:
             task.step_work += work_of_control_nets(self, nets, task.size)
-        images = list(zip(task.control_images, nets, strict=True))
+        images = list(zip(task.adapter_images.control, nets, strict=True))
         sample = begin(self.pipeline, self.device.name, text, task.request, size, seed, task.inputs, images)
+        sample.image_prompts = self.image_adapters.ip_adapters.prompts(task.adapter_images.prompts)
         if real_cfg.is_used(task.request):
             negative = self.prompts.encode(task.request.negative_prompt, self._pipeline_of(task), task.loras)
             sample.real_cfg = RealCfg(negative, task.request.real_cfg_scale)

@@ -124,6 +124,7 @@ def _assemble(
         plan=plan,
         redux=redux,
         depth_estimator=estimator,
+        clip_vision=specs.find_extra_weights(config.weights, specs.CLIP_VISION) if config.weights else None,
         control_loras=specs.find_control_loras(config.weights, config.extra_weights) if config.weights else {},
         attempts=attempts,
     )

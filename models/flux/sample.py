@@ -16,6 +16,7 @@ from models.flux.first_block_cache import FirstBlockCache
 from models.flux.image_encoder import ImageEncoder
 from models.flux.inpainting import Inpainting, packed_mask
 from models.flux.input_images import InputImages
+from models.flux.ip_adapters import ImagePrompts
 from models.flux.kontext import Reference
 from models.flux.prompt_cache import PromptEmbeds
 from models.flux.real_cfg import RealCfg
@@ -38,6 +39,8 @@ class Sample:
     channels: Any = None
     #: The control nets, each with its control image.
     controls: Sequence[Control] = ()
+    #: What the IP adapters read of their images; None without IP adapters.
+    image_prompts: ImagePrompts | None = None
     #: The reference image for the transformer of Kontext; None for other requests.
     reference: Reference | None = None
     #: Restores the unmasked part of the input image after each step; None without a mask.
@@ -60,10 +63,10 @@ class Sample:
     def key(self) -> tuple[int, ...]:
         """The sizes of image, text and reference image, and the number of forwards a step.
 
-        Only samples with equal keys can share a forward. A sample with control nets shares none.
+        Only samples with equal keys can share a forward. A sample with control nets or IP adapters shares none.
         """
         reference = self.reference.size if self.reference else ()
-        own = (id(self),) if self.controls else ()
+        own = (id(self),) if self.controls or self.image_prompts else ()
         return (self.width, self.height, self.text.prompt_embeds.shape[1], 2 if self.real_cfg else 1, *reference, *own)
 
     @property
@@ -96,7 +99,7 @@ class Sample:
         """Release the latents and all else that a decoded image does not need."""
         self.latents = self.velocity = self.cache = self.inpainting = None
         self.channels = self.reference = None
-        self.controls = ()
+        self.controls, self.image_prompts = (), None
 
 
 def first_step(request: Any) -> int:

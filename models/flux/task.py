@@ -7,7 +7,7 @@ from PIL.Image import Image
 
 from models.flux import real_cfg
 from models.flux.acceleration import Tier
-from models.flux.control_nets import ControlImage
+from models.flux.image_adapters import AdapterImages
 from models.flux.input_images import InputImages
 from models.flux.loras import LoraAdapter
 from models.flux.sample import Sample, first_step
@@ -28,7 +28,7 @@ class FluxTask:
     dtype: str
     inputs: InputImages = field(default_factory=InputImages)
     loras: tuple[LoraAdapter, ...] = ()
-    control_images: tuple[ControlImage, ...] = ()
+    adapter_images: AdapterImages = field(default_factory=AdapterImages)
     samples: list[Sample] = field(default_factory=list)
     images: list[Image] = field(default_factory=list)
     #: The number of steps done, over all images.
@@ -68,7 +68,7 @@ class FluxTask:
     @property
     def can_overflow(self) -> bool:
         """Whether values that are not finite can be the request's own doing, and not that of the weights."""
-        has_own_weights = any(lora.loc or lora.scale > 1 for lora in self.loras) or bool(self.control_images)
+        has_own_weights = any(lora.loc or lora.scale > 1 for lora in self.loras) or bool(self.adapter_images)
         return has_own_weights or real_cfg.is_used(self.request)
 
     @property

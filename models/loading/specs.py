@@ -12,6 +12,8 @@ DEFAULT_ENDPOINT = "fal-ai/flux/dev"
 REDUX = ExtraWeights("redux", "black-forest-labs/FLUX.1-Redux-dev")
 #: The weights that find the depths of an image.
 DEPTH = ExtraWeights("depth", "LiheYoung/depth-anything-large-hf")
+#: The weights that read the images of IP adapters.
+CLIP_VISION = ExtraWeights("clip-vision", "openai/clip-vit-large-patch14")
 #: The control LoRAs of FLUX.1 [dev], by name: for the edges of a control image, and for its depths.
 CONTROL_LORAS = {
     "canny": ExtraWeights("canny-lora", "black-forest-labs/FLUX.1-Canny-dev-lora", is_lora=True),

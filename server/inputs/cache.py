@@ -1,7 +1,7 @@
 """Input files of requests, named by the hash of their content.
 
-Images are kept while an unfinished request needs them. LoRAs and control nets are kept longer, as long as they fit
---loras-gb.
+Images are kept while an unfinished request needs them. LoRAs and other weights are kept longer, as long as they
+fit --loras-gb.
 """
 
 import hashlib

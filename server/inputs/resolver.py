@@ -98,7 +98,8 @@ class InputResolver:
         self.limits = limits
         self._max_bytes_per_owner = max_bytes_per_owner
         self._kinds = {"image": InputType(MAX_IMAGE_BYTES, 60.0, _store_image)}
-        for kind, max_bytes in (("lora", max_lora_bytes), ("control_net", max_control_net_bytes)):
+        max_bytes_of = {"lora": max_lora_bytes, **dict.fromkeys(("control_net", "ip_adapter"), max_control_net_bytes)}
+        for kind, max_bytes in max_bytes_of.items():
             self._kinds[kind] = InputType(max_bytes, 600.0, partial(_store_weights, kind), weights.check_start)
         self._known: OrderedDict[tuple[str, str], _CachedDownload] = OrderedDict()
         self._downloads = asyncio.Semaphore(MAX_DOWNLOADS)

@@ -1,4 +1,4 @@
-"""Checks on LoRAs and control nets from clients, made before other code reads the files. All are untrusted."""
+"""Checks on weights from clients, such as LoRAs, made before other code reads the files. All are untrusted."""
 
 import struct
 from pathlib import Path

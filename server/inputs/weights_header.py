@@ -1,4 +1,4 @@
-"""Checks on the header of a LoRA or a control net, run as a separate program: `weights_header.py FILE KIND`.
+"""Checks on the header of a file with weights, run as a separate program: `weights_header.py FILE KIND`.
 
 Reading a header holds Python's global lock, for seconds if the file is malicious, so a separate process reads it.
 This module imports nothing of the server, so that the process starts quickly. The program prints why the file is
@@ -27,6 +27,7 @@ _MATRICES = ("lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down")
 KINDS = {
     "lora": ("LoRA weights", _MATRICES),
     "control_net": ("weights of a control net in diffusers' layout", ("controlnet_x_embedder",)),
+    "ip_adapter": ("weights of an IP adapter", ("ip_adapter", "to_k_ip")),
 }
 
 

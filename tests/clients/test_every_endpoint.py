@@ -20,7 +20,7 @@ from tests.support.fal_endpoints import FACTS
 from tests.support.node import clients
 from tests.support.python_client import run_client
 from tests.support.server_process import Server, free_port, serving
-from tests.support.tiny_kinds import add_control_loras, write_demo_of_kind
+from tests.support.tiny_kinds import add_adapters, write_demo_of_kind
 from tests.support.tiny_redux import write_demo_with_redux
 
 Outputs = dict[str, dict[str, Any]]
@@ -35,6 +35,7 @@ INPUT_FIELDS = {
     "control_loras",
     "controlnets",
     "controlnet_unions",
+    "ip_adapters",
 }
 #: The kind of the weights of endpoints whose transformer sees more than that of FLUX.1 [dev].
 KINDS = {
@@ -50,7 +51,7 @@ def full_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     directory = tmp_path_factory.mktemp("every")
     weights = {kind: write_demo_of_kind(directory / kind, kind) for kind in ("fill", "control")}
     weights["plain"] = write_demo_with_redux(directory / "plain")
-    add_control_loras(weights["plain"])
+    add_adapters(weights["plain"])
     specs = [f"{endpoint}={weights[KINDS.get(endpoint, 'plain')]}" for endpoint in discover()]
     with serving(directory / "data", *specs, tls_port=str(free_port())) as running:
         yield running.ready()

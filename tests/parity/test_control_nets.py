@@ -242,10 +242,10 @@ def test_control_nets_are_evicted_and_come_back(bench: Bench) -> None:
     for seed in range(3):
         bench.add(f"net{seed}", seed)
     num_bytes = (bench.directory / "net0.safetensors").stat().st_size
-    bench.engine.control_nets = ControlNetManager(bench.pipeline, kept_bytes=2 * num_bytes)
+    bench.engine.image_adapters.control_nets = ControlNetManager(bench.pipeline, kept_bytes=2 * num_bytes)
     requests = [bench.request(FluxGeneralInput, controlnets=[net_of(f"net{seed}")]) for seed in range(3)]
     images = [bench.generate(request) for request in requests]
-    assert bench.engine.control_nets.num_loaded == 2
+    assert bench.engine.image_adapters.control_nets.num_loaded == 2
     assert difference(bench.generate(requests[0]), images[0]) == 0
 
 
@@ -253,7 +253,9 @@ def test_control_nets_need_a_plan_that_keeps_everything_on_the_gpu(bench: Bench)
     bench.add("net", 1)
     bench.engine.plan = next(plan for plan in PLANS if not plan.is_resident)
     request = bench.request(FluxGeneralInput, controlnets=[net_of()])
-    with pytest.raises(GenerationFailed, match="Control nets do not work with this server's memory plan"):
+    with pytest.raises(
+        GenerationFailed, match="Control nets and IP adapters do not work with this server's memory plan"
+    ):
         bench.generate(request)
 
 
@@ -283,7 +285,7 @@ def test_a_hostile_control_net_is_named_and_changes_nothing(bench: Bench) -> Non
             bench.generate(request)
         assert error.value.loc == ("controlnets", 0, "path")
         assert difference(bench.generate(bench.request(FluxGeneralInput)), plain) == 0
-    assert bench.engine.control_nets.num_loaded == 0
+    assert bench.engine.image_adapters.control_nets.num_loaded == 0
 
 
 def test_a_union_outside_of_its_field_is_refused(bench: Bench) -> None:

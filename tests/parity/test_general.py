@@ -265,7 +265,6 @@ def test_a_hostile_control_lora_is_named_and_changes_nothing(files: dict[str, Pa
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("ip_adapters", [{"path": "a/b"}]),
         ("easycontrols", [{"control_method_url": "canny"}]),
         ("fill_image", {"fill_image_url": "x"}),
         ("use_cfg_zero", True),

@@ -11,7 +11,7 @@ from models.demo.recipe.export import LORA
 from models.loading.specs import DEMO
 from tests.support.fal_endpoints import FACTS
 from tests.support.image_files import decode, encode
-from tests.support.tiny_kinds import control_lora_for, control_net_for
+from tests.support.tiny_kinds import control_lora_for, control_net_for, ip_adapter_for
 
 SIDE = 64
 #: The colour of the input image, and the greatest mean difference of areas that stay as they are. The demo's
@@ -27,6 +27,7 @@ def upload_inputs(client: httpx.Client) -> dict[str, Any]:
     control_lora = _upload(client, control_lora_for(DEMO, 3), "application/octet-stream")
     net = _upload(client, control_net_for(DEMO, 4), "application/octet-stream")
     union = _upload(client, control_net_for(DEMO, 5, num_mode=7), "application/octet-stream")
+    ip_adapter = _upload(client, ip_adapter_for(DEMO, 6), "application/octet-stream")
     image_url = _upload(client, encode(image), "image/png")
     return {
         "image_url": image_url,
@@ -34,6 +35,7 @@ def upload_inputs(client: httpx.Client) -> dict[str, Any]:
         "reference_image_url": image_url,
         "control_lora_image_url": image_url,
         "fill_image": {"fill_image_url": image_url},
+        "ip_adapters": [{"path": ip_adapter, "ip_adapter_image_url": image_url}],
         "loras": [{"path": lora, "scale": 0.8}],
         "control_loras": [{"path": control_lora, "control_image_url": image_url}],
         "controlnets": [{"path": net, "image_url": image_url}],
@@ -57,6 +59,7 @@ def upload_other_inputs(client: httpx.Client) -> dict[str, Any]:
         "control_loras": [],
         "controlnets": [],
         "controlnet_unions": [],
+        "ip_adapters": [],
     }
 
 

@@ -8,9 +8,16 @@ from typing import Any
 import torch
 from diffusers import AutoencoderTiny, FluxControlNetModel, FluxTransformer2DModel
 from safetensors.torch import load_file, save, save_file
-from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessorPil
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Config,
+    DPTImageProcessorPil,
+)
 
-from models.loading.specs import CONTROL_LORAS, DEPTH
+from models.loading.specs import CLIP_VISION, CONTROL_LORAS, DEPTH
 from tests.support.tiny_redux import write_demo_with_redux
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -31,8 +38,9 @@ def write_demo_of_kind(directory: Path, kind: str) -> Path:
     return directory
 
 
-def add_control_loras(directory: Path) -> None:
-    """Add random control LoRAs, and random weights that find depths, to a directory of the demo weights."""
+def add_adapters(directory: Path) -> None:
+    """Add to a directory of the demo weights random control LoRAs, and random weights that read images for adapters."""
+    write_clip_vision(directory / CLIP_VISION.directory)
     for seed, lora in enumerate(CONTROL_LORAS.values()):
         (directory / lora.directory).mkdir()
         (directory / lora.directory / "lora.safetensors").write_bytes(control_lora_for(directory, seed))
@@ -129,3 +137,45 @@ def control_net(seed: int, transformer: Any, **changes: Any) -> FluxControlNetMo
         if not weight.any():
             weight.data.normal_(std=0.2)
     return net.to(transformer.dtype)
+
+
+def write_clip_vision(directory: Path, num_features: int = 12) -> None:
+    """Write a small CLIP vision model with random weights to a new directory."""
+    torch.manual_seed(6)
+    config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        projection_dim=num_features,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    CLIPVisionModelWithProjection(config).save_pretrained(directory)
+
+
+def ip_adapter(seed: int, transformer: Any, num_features: int = 12) -> dict[str, torch.Tensor]:
+    """Make a random IP adapter for a transformer, with the names of the published one."""
+    generator = torch.Generator().manual_seed(seed)
+    width, inner = transformer.config.joint_attention_dim, transformer.inner_dim
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    tensors = {
+        "ip_adapter_proj_model.proj.weight": random(4 * width, num_features),
+        "ip_adapter_proj_model.proj.bias": random(4 * width),
+        "ip_adapter_proj_model.norm.weight": random(width),
+        "ip_adapter_proj_model.norm.bias": random(width),
+    }
+    for block in range(transformer.config.num_layers):
+        for kind in "kv":
+            name = f"double_blocks.{block}.processor.ip_adapter_double_stream_{kind}_proj"
+            tensors |= {f"{name}.weight": 0.3 * random(inner, width), f"{name}.bias": random(inner)}
+    return tensors
+
+
+def ip_adapter_for(directory: Path, seed: int, num_features: int = 12) -> bytes:
+    """Return a file with a random IP adapter for the weights in a directory."""
+    transformer = FluxTransformer2DModel.from_pretrained(directory / "transformer")
+    return save(ip_adapter(seed, transformer, num_features))
