@@ -43,11 +43,11 @@ def predict_velocities(transformer: Any, samples: Sequence[Sample]) -> Sequence[
     texts = [sample.text for sample in samples]
     added = _added(transformer, samples[0], texts)
     prompts = samples[0].image_prompts
-    velocities = _forward(transformer, samples, texts, {**added, **_seen_images(prompts and prompts.states)})
+    velocities = _forward(transformer, samples, texts, {**added, **_seen_images(prompts.states if prompts else None)})
     guides = [sample.real_cfg for sample in samples if sample.real_cfg]
     if not guides:
         return velocities
-    added |= _seen_images(prompts and prompts.negative)
+    added |= _seen_images(prompts.negative if prompts else None)
     negatives = _forward(transformer, samples, [guide.text for guide in guides], added)
     return [guide.guide(*pair) for guide, *pair in zip(guides, velocities, negatives, strict=True)]
 

@@ -8,7 +8,6 @@ from typing import Any
 import httpx
 import pytest
 
-from models import discover
 from tests.support.endpoint_requests import (
     check_inputs_matter,
     check_output,
@@ -20,8 +19,7 @@ from tests.support.fal_endpoints import FACTS
 from tests.support.node import clients
 from tests.support.python_client import run_client
 from tests.support.server_process import Server, free_port, serving
-from tests.support.tiny_kinds import add_adapters, write_demo_of_kind
-from tests.support.tiny_redux import write_demo_with_redux
+from tests.support.tiny_kinds import weights_of_every_endpoint
 
 Outputs = dict[str, dict[str, Any]]
 #: The fields that refer to input files.
@@ -37,23 +35,13 @@ INPUT_FIELDS = {
     "controlnet_unions",
     "ip_adapters",
 }
-#: The kind of the weights of endpoints whose transformer sees more than that of FLUX.1 [dev].
-KINDS = {
-    "fal-ai/flux-lora-fill": "fill",
-    "fal-ai/flux-lora-canny": "control",
-    "fal-ai/flux-lora-depth": "control",
-}
 
 
 @pytest.fixture(scope="module")
 def full_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Start a server with all endpoints, also those that the demo does not serve."""
     directory = tmp_path_factory.mktemp("every")
-    weights = {kind: write_demo_of_kind(directory / kind, kind) for kind in ("fill", "control")}
-    weights["plain"] = write_demo_with_redux(directory / "plain")
-    add_adapters(weights["plain"])
-    specs = [f"{endpoint}={weights[KINDS.get(endpoint, 'plain')]}" for endpoint in discover()]
-    with serving(directory / "data", *specs, tls_port=str(free_port())) as running:
+    with serving(directory / "data", *weights_of_every_endpoint(directory), tls_port=str(free_port())) as running:
         yield running.ready()
 
 

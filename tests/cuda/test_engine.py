@@ -34,6 +34,7 @@ from models.benchmark import random_weights
 from models.flux.acceleration import Tier
 from models.flux.control import DepthEstimator
 from models.flux.engine import FluxEngine
+from models.flux.image_adapters import ImageAdapters
 from models.flux.redux import Redux
 from models.flux.safety_checker import CompVis, ImageClassifier, Unavailable
 from models.flux.sample import Sample
@@ -41,6 +42,7 @@ from models.flux.task import FluxTask
 from models.loading.memory_plans import PLANS, Plan
 from tests.cuda.fake_gpu import H100, fake_gpu
 from tests.cuda.recorder import Recorder, recorded
+from tests.support.tiny_kinds import control_net, ip_adapter
 
 pytestmark = [
     pytest.mark.cuda,
@@ -403,6 +405,38 @@ def test_a_lora_is_loaded_in_the_type_of_the_weights(
     added = [weight for name, weight in transformer.named_parameters() if "lora_" in name]
     assert len(added) == len(pairs)
     assert {(weight.device.type, weight.dtype) for weight in added} == {("cuda", torch.bfloat16)}
+
+
+class FakeEmbeddings:
+    """Double of CLIP's vision model and its image processor."""
+
+    num_features = 12
+
+    def embedding(self, _: PIL.Image.Image) -> torch.Tensor:
+        return torch.zeros(1, self.num_features, device="cuda", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_control_net_and_an_ip_adapter_are_loaded_in_the_type_of_the_weights(
+    tiny: FluxEngine, monkeypatch: pytest.MonkeyPatch, files: Files, dtype: torch.dtype
+) -> None:
+    transformer = tiny.pipeline.transformer
+    net = {name: weight.to("cpu", dtype) for name, weight in control_net(1, transformer).state_dict().items()}
+    adapter = {name: weight.to(dtype) for name, weight in ip_adapter(1, transformer).items()}
+    monkeypatch.setattr("models.flux.control_nets.load_file", lambda _: net)
+    monkeypatch.setattr("models.flux.ip_adapters.load_file", lambda _: adapter)
+    tiny.image_adapters = ImageAdapters(tiny.pipeline, files.image.parent)
+    tiny.image_adapters.ip_adapters._encoder = FakeEmbeddings()
+    scales = {"conditioning_scale": 0.7, "start_percentage": 0, "end_percentage": 1}
+    asked = request(controlnets=[SimpleNamespace(**scales)], ip_adapters=[SimpleNamespace(scale=0.7)])
+    inputs = {f"{kind}.0.path": files.lora for kind in ("controlnets", "ip_adapters")}
+    inputs |= dict.fromkeys(("controlnets.0.image_url", "ip_adapters.0.ip_adapter_image_url"), files.image)
+    task = tiny.start(asked, 1, inputs)
+    tiny.advance(task)
+    assert task.samples[0].image_prompts
+    (loaded,) = (control.net for control in task.samples[0].controls)
+    placed = [*loaded.parameters(), *task.samples[0].image_prompts.states]
+    assert {(tensor.device.type, tensor.dtype) for tensor in placed} == {("cuda", torch.bfloat16)}
 
 
 def test_the_classifier(tiny: FluxEngine) -> None:

@@ -114,7 +114,7 @@ class Bench:
         return found
 
 
-def adapter_of(path: str = "adapter", image: str = "first", **more: Any) -> dict[str, Any]:
+def adapter_of(path: str = "adapter", image: Any = "first", **more: Any) -> dict[str, Any]:
     return {"path": path, "ip_adapter_image_url": image, **more}
 
 

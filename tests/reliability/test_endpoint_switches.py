@@ -1,4 +1,4 @@
-"""A hundred switches between endpoints that share one set of weights, in one server process."""
+"""A hundred switches between endpoints in one server process: on one set of weights, and between all endpoints."""
 
 import base64
 import io
@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from tests.support.endpoint_requests import small_body, upload_inputs
+from tests.support.fal_endpoints import FACTS
 from tests.support.server_process import Server, serving
+from tests.support.tiny_kinds import KINDS, weights_of_every_endpoint
 
 ENDPOINTS = ("fal-ai/flux/dev", "fal-ai/flux/dev/image-to-image", "fal-ai/flux-lora", "fal-ai/flux-lora/inpainting")
 TURNS = 100
@@ -22,7 +24,7 @@ class Caller:
     def __init__(self, server: Server, client: httpx.Client) -> None:
         self._server, self._client = server, client
         inputs = upload_inputs(client)
-        self._bodies = {endpoint: {**small_body(endpoint, inputs), "sync_mode": True} for endpoint in ENDPOINTS}
+        self._bodies = {endpoint: {**small_body(endpoint, inputs), "sync_mode": True} for endpoint in FACTS}
 
     def pixels(self, endpoint: str) -> bytes:
         """Generate the endpoint's image and return its pixels."""
@@ -61,6 +63,25 @@ def test_a_hundred_switches_between_endpoints(tmp_path: Path) -> None:
     assert len(set.union(*expected.values())) == len(ENDPOINTS)
     # Measured: one megabyte more.
     assert max(memory_used[-10:]) < max(memory_used[10:20]) + 25_000_000
+
+
+@pytest.mark.timeout(900)
+def test_a_hundred_switches_between_all_endpoints(tmp_path: Path) -> None:
+    """Each set of weights is loaded once, memory does not grow, and an endpoint gives the same image each time."""
+    endpoints = [endpoint for endpoint in FACTS if not endpoint.endswith("/stream")]
+    rounds: list[dict[str, bytes]] = []
+    memory_used: list[int] = []
+    with serving(tmp_path / "data", *weights_of_every_endpoint(tmp_path)) as server, client_of(server) as client:
+        caller = Caller(server, client)
+        while sum(len(images) for images in rounds) < TURNS:
+            # The next round is in another order, so that each image follows another one.
+            rounds.append({endpoint: caller.pixels(endpoint) for endpoint in endpoints})
+            endpoints = [*endpoints[1::2], *endpoints[::2]]
+            memory_used.append(caller.memory())
+        assert caller.num_loads() == len({*KINDS.values(), "plain"})
+    assert all(images == rounds[0] for images in rounds[1:])
+    print(f"{len(endpoints)} endpoints, resident memory after each round: {memory_used}")
+    assert memory_used[-1] < memory_used[-2] + 25_000_000
 
 
 def client_of(server: Server) -> httpx.Client:

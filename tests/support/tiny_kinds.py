@@ -17,10 +17,25 @@ from transformers import (
     DPTImageProcessorPil,
 )
 
+from models import discover
 from models.loading.specs import CLIP_VISION, CONTROL_LORAS, DEPTH
 from tests.support.tiny_redux import write_demo_with_redux
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+#: The kind of the weights of endpoints whose transformer sees more than that of FLUX.1 [dev].
+KINDS = {
+    "fal-ai/flux-lora-fill": "fill",
+    "fal-ai/flux-lora-canny": "control",
+    "fal-ai/flux-lora-depth": "control",
+}
+
+
+def weights_of_every_endpoint(directory: Path) -> list[str]:
+    """Write weights for all endpoints, also for those that the demo does not serve; return the WEIGHTS arguments."""
+    weights = {kind: write_demo_of_kind(directory / kind, kind) for kind in ("fill", "control")}
+    weights["plain"] = write_demo_with_redux(directory / "plain")
+    add_adapters(weights["plain"])
+    return [f"{endpoint}={weights[KINDS.get(endpoint, 'plain')]}" for endpoint in discover()]
 
 
 def write_demo_of_kind(directory: Path, kind: str) -> Path:
