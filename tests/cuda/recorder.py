@@ -4,6 +4,7 @@ import traceback
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 _ROUNDING = 512
 
 
+@dataclass(frozen=True)
+class Event:
+    """That a tensor, by number, got memory on a stream, or lost it: then `num_bytes` is 0."""
+
+    tensor: int
+    num_bytes: int
+    stream: int
+
+
 class Recorder(TorchDispatchMode):  # type: ignore[misc]
     """A record of the operations in its block.
 
@@ -29,12 +39,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         uploads: the shapes of the tensors that were copied to the GPU since `restart`.
         pins: the number of tensors that were pinned, each by a copy in the host's memory, since `restart`.
         launches: the number of operations on the GPU since `restart`. Each is one or more kernels; views are none.
+        trace: the tensors on the GPU as they come and go, from the start.
+        stream: the number of the stream that operations run on.
         moved: the bytes that these operations read and write, if each reads its inputs and writes its results once.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = self.launches = self.pins = self.moved = 0
+        self.trace: list[Event] = []
+        self.stream = self._num_tensors = 0
         self.reads: list[str] = []
         self.uploads: list[tuple[int, ...]] = []
         self._sizes = WeakIdKeyDictionary()
@@ -76,15 +90,27 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         if not is_on_gpu(tensor):
             return
         storage = tensor.untyped_storage()
-        if storage in self._sizes:
+        if storage in self._sizes or not storage.nbytes():
             return
         size = -(-storage.nbytes() // _ROUNDING) * _ROUNDING
         self._sizes[storage] = size
         self.live += size
-        weakref.finalize(storage, self._release, size)
+        self._num_tensors += 1
+        self.trace.append(Event(self._num_tensors, size, self.stream))
+        weakref.finalize(storage, self._release, size, self._num_tensors)
 
-    def _release(self, size: int) -> None:
+    def _release(self, size: int, tensor: int) -> None:
         self.live -= size
+        self.trace.append(Event(tensor, 0, self.stream))
+
+    @contextmanager
+    def on_stream(self, stream: Any) -> Iterator[None]:
+        """Run the block on a stream; tensors on it get memory of its own."""
+        before, self.stream = self.stream, id(stream)
+        try:
+            yield
+        finally:
+            self.stream = before
 
 
 def is_on_gpu(value: Any) -> bool:
@@ -116,18 +142,13 @@ class _Stream:
 
 
 @contextmanager
-def _on_stream(_: object) -> Iterator[None]:
-    yield
-
-
-@contextmanager
 def recorded() -> Iterator[Recorder]:
     """Record the block, which runs within `fake_gpu`; give fake tensors what the engine needs of real ones."""
     numpy_of, recorder = torch.Tensor.numpy, Recorder()
     replacements: list[tuple[Any, str, Any]] = [
         (torch.cuda, "Stream", _Stream),
         (torch.cuda, "Event", _Stream),
-        (torch.cuda, "stream", _on_stream),
+        (torch.cuda, "stream", recorder.on_stream),
         (torch.cuda, "current_stream", lambda *_: _Stream()),
         (torch.cuda, "synchronize", lambda *_: None),
         (torch.cuda, "empty_cache", lambda: None),
