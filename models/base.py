@@ -76,6 +76,7 @@ class EngineConfig:
             bfloat16.
         memory: the name of a plan in `models.loading.memory_plans`, or "auto" for the first that fits.
         quantize: the form to which weights may be rounded at load: "none", "fp8", "int8", "int4", or "auto" for any.
+        kernels_allow: the repositories on the hub whose kernels, which are code, may be loaded.
         max_acceleration: the highest acceleration tier to offer; a request for a higher tier runs at most at this tier.
         is_eager: whether to compile nothing and run the same kernels as diffusers' pipeline.
         compile_cache: the directory for compiled code; None for PyTorch's default.
@@ -89,6 +90,7 @@ class EngineConfig:
     dtype: str = "auto"
     memory: str = "auto"
     quantize: str = "auto"
+    kernels_allow: Collection[str] = ()
     max_acceleration: str = "high"
     is_eager: bool = False
     compile_cache: Path | None = None

@@ -1,6 +1,9 @@
 """Environment variables that libraries read at import; every process sets them before it imports the libraries."""
 
 import os
+from collections.abc import Collection
+
+from models.loading.quantized_files import NUNCHAKU_KERNELS
 
 
 def disable_telemetry_and_warnings() -> None:
@@ -10,6 +13,14 @@ def disable_telemetry_and_warnings() -> None:
     )
     # The warnings of these libraries quote prompts or recommend torchvision.
     os.environ.update(TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error")
+    # SDNQ would compile its functions when the first image is generated, which takes minutes on a CPU.
+    os.environ.setdefault("SDNQ_USE_TORCH_COMPILE", "0")
+
+
+def allow_kernels(hub_ids: Collection[str]) -> None:
+    """Let diffusers load the kernels of Nunchaku from the hub if they are among those that the operator allows."""
+    if NUNCHAKU_KERNELS in hub_ids:
+        os.environ["DIFFUSERS_TRUST_REMOTE_KERNELS"] = "true"
 
 
 def set_pytorch_variables() -> None:

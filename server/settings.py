@@ -97,6 +97,11 @@ class Settings(BaseModel):
         description="Form to which weights are rounded when they are loaded: none, fp8, int8, int4, or auto for none"
         " where they fit and else as --memory auto chooses.",
     )
+    kernels_allow: CommaSeparated = Field(
+        (),
+        description="Hugging Face ids of kernels, which are code from the hub that runs without a check, such as"
+        " rootonchair/nunchaku-lite-kernels for weights of Nunchaku.",
+    )
     max_acceleration: Literal["none", "regular", "high"] = Field(
         "high", description="Highest acceleration offered: none, regular or high; requests for more get this one."
     )

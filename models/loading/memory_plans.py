@@ -72,6 +72,9 @@ class Plan:
         """Return the reason why the plan cannot be used; None if it can."""
         if target.quantization and self.quantize != "none":
             return f"the weights are quantized already ({target.quantization})"
+        if target.quantization.startswith("quanto") and not self.is_resident:
+            # On a CPU, an image did not finish within minutes.
+            return "the weights of quanto cannot be copied block by block"
         if self.quantize in quantization.BYTES:
             return quantization.unavailable_reason()
         if not self.needs_fp8:

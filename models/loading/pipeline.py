@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.base import EngineConfig, ExtraWeights, LoadProgress, SingleFile, Weights
-from models.loading import conditioning, hub, memory_plans, single_file, verify
-from models.loading.devices import device_for, dtype_for, free_memory
+from models.loading import conditioning, hub, memory_plans, quantized_files, single_file, verify
+from models.loading.devices import device_for, dtype_for, free_memory, type_name
 from models.loading.single_file import Contents
 from models.loading.specs import REDUX, find_extra_weights
 
@@ -70,6 +70,8 @@ def load_pipeline(config: EngineConfig, fp8_failure: str = "") -> "tuple[FluxPip
         raise ValueError("a FLUX pipeline needs weights")
     directory, device = weights_directory(config.weights), device_for(config.device)
     contents = verify_weights(config.weights, directory)
+    without = contents.components if contents else ()
+    quantized_files.check(directory, device, type_name(dtype_of(config)), config.kernels_allow, without)
     sizes = _sizes(config, directory)
     target = memory_plans.Target(device, config.is_eager, fp8_failure, quantization_of(config.weights))
     plan = memory_plans.choose(_allowed(config), sizes, free_memory(device), target)
@@ -90,8 +92,10 @@ def quantization_of(where: Weights | None) -> str:
 
     Raises HubError and BadWeights.
     """
-    contents = contents_of(where) if where else None
-    return contents.description if contents and contents.is_quantized else ""
+    if contents := contents_of(where) if where else None:
+        return contents.description if contents.is_quantized else ""
+    directory = cached_directory(where) if where else None
+    return quantized_files.description(directory / "transformer") if directory else ""
 
 
 def verify_weights(where: Weights, directory: Path) -> Contents | None:
@@ -143,14 +147,16 @@ def sizes_in_memory(
     """Return the bytes of each component in memory, and of the extra weights that its engine can use.
 
     `needed` are those that the engine's endpoints need; others use Redux too if it is installed. `itemsize` is the
-    bytes of a number in the type of the computation. Files in directories are taken to be in bf16; the header of a
-    single file says its types.
+    bytes of a number in the type of the computation. Files in directories are taken to be in bf16, unless they are
+    quantized; the header of a single file says its types.
     """
     sizes = hub.sizes(directory)
     for weights in {REDUX, *needed}:
         if found := find_extra_weights(where, weights):
             sizes[weights.directory] = hub.size(found)
-    sizes = {name: size * itemsize // 2 for name, size in sizes.items()}
+    # Quantized weights stay as they are, whatever the type of the computation.
+    quantized = [name for name in sizes if quantized_files.description(directory / name)]
+    sizes = {name: size if name in quantized else size * itemsize // 2 for name, size in sizes.items()}
     if contents := contents_of(where):
         sizes |= {name: contents.num_bytes(name, itemsize) for name in contents.components}
     return sizes

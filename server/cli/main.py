@@ -11,7 +11,7 @@ import typer
 from server.cli import admin
 from server.cli.options import FAILED, with_settings_options
 from server.errors import DiskFull
-from server.library_env import disable_telemetry_and_warnings, set_pytorch_variables
+from server.library_env import allow_kernels, disable_telemetry_and_warnings, set_pytorch_variables
 from server.net import tls
 from server.settings import Settings
 
@@ -52,6 +52,7 @@ def serve(settings: Settings) -> None:
     """Serve WEIGHTS: demo, a hub id, a directory in diffusers layout, or ENDPOINT=WEIGHTS."""
     disable_telemetry_and_warnings()
     set_pytorch_variables()
+    allow_kernels(settings.kernels_allow)
     # Import the server only here, because `env` and `--help` do not need it.
     from models.flux.attempts import forget_open_attempts
     from server import logs
@@ -126,6 +127,7 @@ def doctor(
     """Check what this machine can run, and explain what it cannot run."""
     disable_telemetry_and_warnings()
     set_pytorch_variables()
+    allow_kernels(settings.kernels_allow)
     from server.cli.doctor import run_checks, run_self_test
 
     checks = [_echo(check) for check in run_checks(settings)]
@@ -167,6 +169,7 @@ def bench(
     """Compare the engine's memory plans and tiers with diffusers' pipeline: speed, memory, start and fidelity."""
     disable_telemetry_and_warnings()
     set_pytorch_variables()
+    allow_kernels(settings.kernels_allow)
     from models.benchmark.job import Workload
     from server.cli import bench as measuring
     from server.cli.bench_plot import draw

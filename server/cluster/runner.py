@@ -19,7 +19,7 @@ from models.loading import specs
 from server.cluster.messages import JobRejected, LogRecord, Message, RunnerState, RunnerStopped
 from server.cluster.runner_queue import RunnerMetrics, RunnerQueue
 from server.inputs.cache import InputCache
-from server.library_env import disable_telemetry_and_warnings, set_pytorch_variables
+from server.library_env import allow_kernels, disable_telemetry_and_warnings, set_pytorch_variables
 from server.queue.jobs import Job
 from server.queue.notifier import Notifier
 from server.settings import Settings
@@ -48,6 +48,7 @@ class Runner:
     def __init__(self, settings: Settings) -> None:
         disable_telemetry_and_warnings()
         set_pytorch_variables()
+        allow_kernels(settings.kernels_allow)
         # Ray sets this variable to 1 for actors that request no CPU. Without the variable, PyTorch uses all cores.
         os.environ.pop("OMP_NUM_THREADS", None)
         self._directory = _new_directory(node_directory() / "runners")

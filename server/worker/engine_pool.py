@@ -34,6 +34,7 @@ def engine_configs(
             dtype=settings.dtype,
             memory=settings.memory,
             quantize=settings.quantize,
+            kernels_allow=settings.kernels_allow,
             max_acceleration=settings.max_acceleration,
             is_eager=settings.eager,
             compile_cache=settings.data_dir / "compiled",
