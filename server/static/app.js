@@ -8,7 +8,7 @@ import { dropped } from "./image_files.js";
 import * as recentRuns from "./recent_runs.js";
 import * as results from "./results.js";
 import * as tabs from "./tabs.js";
-import { imageToImageFor } from "./targets.js";
+import { imageToImageFor, inpaintingFor } from "./targets.js";
 
 const config = await api.playgroundConfig();
 const schemas = new Map();
@@ -40,7 +40,9 @@ async function choose(name) {
     fields = form.build(schema, { first: byId("fields"), more: byId("more") }, onChange);
     // Keep these values from the previous form; the other fields start with the new endpoint's defaults.
     for (const [field, value] of Object.entries({ prompt, image_url, image_size, seed })) {
-      if (value !== undefined) fields.get(field)?.write(value);
+      // Without a default size, the image has the size of the input image.
+      const isOfInput = field === "image_size" && fields.get(field)?.read() === undefined;
+      if (value !== undefined && !isOfInput) fields.get(field)?.write(value);
     }
     byId("problem").textContent = "";
   } catch (error) {
@@ -79,6 +81,16 @@ async function useAsInput(url, name, path, prompt) {
   if (prompt && !fields.get("prompt")?.read()) fields.get("prompt")?.write(prompt);
   onChange();
   form.focus(fields, path);
+}
+
+// Open the brush over a result, in the form of an endpoint that takes a mask.
+async function repaint(url, { endpoint: name, input }) {
+  const target = inpaintingFor(config, name);
+  if (target) await useAsInput(url, target, "image_url", input.prompt);
+  const mask = fields.get("mask_url");
+  if (!mask) return;
+  mask.write(undefined);
+  if (await mask.paint()) form.focus(fields, "prompt");
 }
 
 async function submit(name, input) {
@@ -135,7 +147,7 @@ const last = localStorage.getItem("endpoint");
 const first = config.endpoints.includes("fal-ai/flux/dev") ? "fal-ai/flux/dev" : config.endpoints[0];
 await choose(config.endpoints.includes(last) ? last : first);
 results.start({
-  config, useSettings, useAsInput, submit,
+  config, useSettings, useAsInput, submit, repaint,
   schemaOf: async (name) => (await schemaOf(name)).properties,
   onSeed: (seed) => fields.get("seed")?.setLastSeed?.(seed),
 });

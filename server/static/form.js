@@ -2,6 +2,7 @@
 
 import { button, element } from "./elements.js";
 import { fileField } from "./file_field.js";
+import { maskButton } from "./mask_button.js";
 
 // The fields that most people change, in the order in which they are shown. The other fields are under "More settings",
 // in the schema's order.
@@ -21,7 +22,7 @@ export function build({ properties, order, required, schemas }, containers, onCh
   const fields = new Map();
   for (const container of Object.values(containers)) container.replaceChildren();
   for (const name of order) {
-    const field = createField(name, properties[name], schemas);
+    const field = createField(name, properties[name], schemas, fields);
     field.node.addEventListener("input", onChange);
     fields.set(name, field);
   }
@@ -79,11 +80,14 @@ const resolve = (property, schemas) => {
   return reference ? { ...schemas[reference.split("/").pop()], ...property } : property;
 };
 
-function createField(name, property, schemas) {
+// `fields` are the form's other fields: a mask is drawn over the image of the field image_url.
+function createField(name, property, schemas, fields = new Map()) {
   const choices = property.enum;
   if (name === "image_size") return sizeField(name, property);
   if (property.type === "array") return listField(name, property, resolve(property.items, schemas));
-  if (/(^|_)url$|^path$/.test(name)) return fileField(name, property, frame);
+  if (/(^|_)url$|^path$/.test(name)) {
+    return fileField(name, property, frame, name === "mask_url" ? [maskButton(() => fields.get("image_url"))] : []);
+  }
   if (choices) return choiceField(name, property, choices);
   if (property.type === "boolean") return switchField(name, property);
   if (name === "seed") return seedField(name, property);

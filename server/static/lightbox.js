@@ -9,7 +9,7 @@ import { seedOf } from "./variations.js";
 
 const KEYS = [
   ["← →", "Previous and next image"], ["Z", "Zoom to pixels"], ["F", "Favourite"], ["C", "Compare"], ["V", "Variations"],
-  ["D", "Download"], ["S", "Use these settings"], ["Del", "Delete"], ["Esc", "Close"],
+  ["R", "Repaint a part"], ["D", "Download"], ["S", "Use these settings"], ["Del", "Delete"], ["Esc", "Close"],
 ];
 
 // Open a result. `grid` is { shown() -> results in order, page, actions }.
@@ -91,7 +91,7 @@ function commandsFor({ current, close, move, show, shown, page, actions, stage }
     d: () => stage.closest("dialog").querySelector("a[download]").click(),
     strength: () => actions.varyStrength(current().run, current().index),
     input: () => { close(); actions.useAsInput(current()); },
-    repaint: () => { close(); page.repaint(current().url, current().run.request); },
+    r: () => { close(); page.repaint(current().url, current().run.request); },
     copy: () => imageFiles.copy(current().url).then(() => announce("Copied."), (error) => announce(error.message)),
     copyLink: () => imageFiles.copyText(current().url).then(() => announce("Link copied."), (error) => announce(error.message)),
   };
@@ -105,7 +105,7 @@ function buttons(result, commands, page) {
   star.setAttribute("aria-pressed", String(favourites.has(requestId, index)));
   const strength = page.config.strength.includes(endpoint) ? [button("Vary strength", commands.strength, { title: "Three more, with neighbouring strengths" })] : [];
   const inputs = page.config.paint_over.length ? [button("Use as input", commands.input)] : [];
-  const repaint = page.repaint && targets.inpaintingFor(page.config, endpoint) ? [button("Repaint a part", commands.repaint)] : [];
+  const repaint = targets.inpaintingFor(page.config, endpoint) ? [button("Repaint a part", commands.r)] : [];
   return element(
     "div", { className: "actions" },
     button("Variations", commands.v, { title: "Three more, with neighbouring seeds" }), ...strength, ...repaint, ...inputs,

@@ -113,6 +113,16 @@ def test_dialogs_are_accessible(node: None, page: Page) -> None:
     assert fits(page)
 
 
+def test_brush_is_accessible(node: None, page: Page) -> None:
+    choose(page, "test/null")
+    expect(run(page, "one image").locator("figure img")).to_be_visible()
+    page.locator("a.open").click()
+    page.locator("dialog.lightbox").get_by_role("button", name="Repaint a part").click()
+    expect(page.locator("dialog.mask canvas")).to_be_focused()
+    assert violations(page) == []
+    assert fits(page)
+
+
 def test_status_page_is_accessible(node: None, page: Page, playing: Server) -> None:
     httpx.post(f"{playing.url}/test/null", json={"prompt": "x"}, trust_env=False).raise_for_status()
     httpx.post(f"{playing.url}/test/raises", json={"prompt": "x"}, trust_env=False)

@@ -1,0 +1,30 @@
+// The button of a mask's field: it opens the brush over the form's image and uploads the mask.
+
+import { localUrl } from "./api.js";
+import { button } from "./elements.js";
+
+// `imageField()` returns the form's field for the image.
+export const maskButton = (imageField) => (field) => {
+  field.paint = () => paint(field, imageField());
+  return button("Draw mask", field.paint);
+};
+
+async function paint(field, imageField) {
+  await imageField?.settled();
+  const url = localUrl(imageField?.read() ?? "");
+  field.showProblem("");
+  if (!url) return field.showProblem("Choose the image first: the mask is drawn over it.");
+  if (!isReadable(url)) return field.showProblem("A mask can only be drawn over an image on this server. Upload the image, then draw.");
+  const { drawMask } = await import("./mask.js");
+  try {
+    const earlier = field.read();
+    const file = await drawMask(url, earlier && isReadable(localUrl(earlier)) ? localUrl(earlier) : null);
+    if (file) await field.upload(file);
+    return true;
+  } catch {
+    return field.showProblem("The image cannot be read. It may no longer be stored on this server.");
+  }
+}
+
+// The page's content security policy lets scripts read only images of this origin, and those given as data URIs.
+const isReadable = (url) => url.startsWith("data:image/") || url.startsWith(location.origin);
