@@ -33,6 +33,8 @@ const requestPath = ({ endpoint, requestId }) => `queue/${app(endpoint)}/request
 
 export const status = () => json("status.json");
 export const playgroundConfig = () => json("playground.json");
+// The mean times of a step since the server's start: { steps: [{ size, acceleration, count, seconds }] }.
+export const stepTimes = () => json("playground/steps.json");
 export const openApiOf = (endpoint) =>
   json(`api/openapi/queue/openapi.json?endpoint_id=${encodeURIComponent(endpoint)}`);
 
@@ -42,10 +44,10 @@ export const listRequests = (cursor) =>
     expand: "payloads", limit: 20, start: "1970-01-01", ...(cursor && { cursor }),
   })}`);
 
-export const submit = (endpoint, input) =>
+export const submit = (endpoint, input, priority = "normal") =>
   json(`queue/${endpoint}`, {
     method: "POST",
-    headers: { "content-type": "application/json" },
+    headers: { "content-type": "application/json", "x-fal-queue-priority": priority },
     body: JSON.stringify(input),
   });
 
@@ -57,8 +59,11 @@ export const deleteRequest = (request) => call(requestPath(request), { method: "
 // other requests.
 const MAX_STREAMS = 3;
 const POLL_INTERVAL_MS = 1500;
+// The more requests are polled, the less often each is, so that the page sends at most about five requests a second.
+const POLL_INTERVAL_OF_EACH_MS = 200;
 const MAX_RETRY_DELAY_MS = 15_000;
 let streams = 0;
+let polls = 0;
 
 const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 const retryDelay = (failures) => Math.min(MAX_RETRY_DELAY_MS, 500 * 2 ** failures);
@@ -99,9 +104,14 @@ async function* streamed(request) {
 
 // Poll until another stream may be opened.
 async function* polled(request) {
-  while (streams >= MAX_STREAMS) {
-    yield await json(`${requestPath(request)}/status?logs=1`);
-    await pause(POLL_INTERVAL_MS);
+  polls += 1;
+  try {
+    while (streams >= MAX_STREAMS) {
+      yield await json(`${requestPath(request)}/status?logs=1`);
+      await pause(Math.max(POLL_INTERVAL_MS, polls * POLL_INTERVAL_OF_EACH_MS));
+    }
+  } finally {
+    polls -= 1;
   }
 }
 

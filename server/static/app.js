@@ -2,11 +2,13 @@
 
 import * as api from "./api.js";
 import { askForKey, withKey } from "./api_key.js";
-import { byId, element } from "./elements.js";
+import { inputsOf } from "./batch.js";
+import { announce, byId, element } from "./elements.js";
 import * as form from "./form.js";
-import { dropped } from "./image_files.js";
+import { copyText, dropped } from "./image_files.js";
 import * as recentRuns from "./recent_runs.js";
 import * as results from "./results.js";
+import * as savedSettings from "./saved_settings.js";
 import * as tabs from "./tabs.js";
 import { imageToImageFor, inpaintingFor } from "./targets.js";
 
@@ -36,26 +38,48 @@ async function choose(name) {
     endpoint = name;
     localStorage.setItem("endpoint", name);
     byId("llms").href = `models/${name}/llms.txt`;
-    const { prompt, image_url, image_size, seed } = form.read(fields);
+    const previous = form.read(fields);
     fields = form.build(schema, { first: byId("fields"), more: byId("more") }, onChange);
-    // Keep these values from the previous form; the other fields start with the new endpoint's defaults.
-    for (const [field, value] of Object.entries({ prompt, image_url, image_size, seed })) {
-      // Without a default size, the image has the size of the input image.
-      const isOfInput = field === "image_size" && fields.get(field)?.read() === undefined;
-      if (value !== undefined && !isOfInput) fields.get(field)?.write(value);
-    }
+    fill(previous, savedSettings.settingsOf(name));
     byId("problem").textContent = "";
   } catch (error) {
     if (choice !== latestChoice) return;
     byId("problem").textContent = `${name}: ${error.message}`;
   }
   byId("endpoint").value = endpoint;
+  showCount();
   showCode();
   document.body.dataset.ready = endpoint;
 }
 
+// Fill a new form with what it had last, or else with the endpoint's defaults and what fits of the previous form. The
+// prompt and the image are always those of the previous form, if it had them.
+function fill({ prompt, image_url, image_size, seed }, saved) {
+  if (saved) form.write(fields, saved);
+  // Without a default size, the image has the size of the input image.
+  const size = fields.get("image_size")?.read() === undefined ? undefined : image_size;
+  const kept = saved ? { prompt, image_url } : { prompt, image_url, image_size: size, seed };
+  for (const [field, value] of Object.entries(kept)) {
+    if (value !== undefined && value !== "") fields.get(field)?.write(value);
+  }
+}
+
 function onChange() {
+  savedSettings.remember(endpoint, form.read(fields));
+  showCount();
   showCode();
+}
+
+const batchOptions = () => ({ isPromptPerLine: byId("per-line").checked, numSeeds: Math.max(1, Math.trunc(byId("seeds").value) || 1) });
+
+// Show on the button how many requests it sends.
+function showCount() {
+  try {
+    const number = inputsOf(form.read(fields), batchOptions()).length;
+    byId("run-label").textContent = number > 1 ? `Run ${number}` : "Run";
+  } catch {
+    byId("run-label").textContent = "Run";
+  }
 }
 
 // Show the current form as programs, once the code tab is open.
@@ -93,9 +117,9 @@ async function repaint(url, { endpoint: name, input }) {
   if (await mask.paint()) form.focus(fields, "prompt");
 }
 
-async function submit(name, input) {
-  const { request_id: requestId } = await withKey(() => api.submit(name, input));
-  const request = { endpoint: name, requestId, input, startedAt: Date.now() };
+async function submit(name, input, priority = byId("priority").value) {
+  const { request_id: requestId } = await withKey(() => api.submit(name, input, priority));
+  const request = { endpoint: name, requestId, input, startedAt: Date.now(), ...(priority === "low" && { priority }) };
   results.follow(results.add(request));
   recentRuns.add(request);
 }
@@ -103,14 +127,45 @@ async function submit(name, input) {
 async function run() {
   if (!(await form.settled(fields))) return;
   byId("problem").textContent = form.showProblems(fields, []);
+  const [name, priority] = [endpoint, byId("priority").value];
+  let [sent, inputs] = [0, []];
   try {
-    await submit(endpoint, form.read(fields));
+    inputs = inputsOf(form.read(fields), batchOptions());
+    for (const input of inputs) {
+      await submit(name, input, priority);
+      sent += 1;
+    }
+    announce(sent === 1 ? "The request is sent." : `${sent} requests are sent.`);
   } catch (error) {
-    byId("problem").textContent =
-      error instanceof api.ApiError && error.problems.length
-        ? form.showProblems(fields, error.problems)
-        : error.message;
+    const problem = error instanceof api.ApiError && error.problems.length ? form.showProblems(fields, error.problems) : error.message;
+    byId("problem").textContent = sent ? `${sent} of ${inputs.length} requests are sent. ${problem}` : problem;
   }
+}
+
+// Copy a link that holds the settings. Without access to the clipboard, show the link as the page's address.
+async function share() {
+  const fragment = savedSettings.toFragment(endpoint, form.read(fields));
+  try {
+    await copyText(`${location.href.split("#")[0]}${fragment}`);
+    announce("The link is copied.");
+    byId("share").textContent = "Copied";
+    setTimeout(() => (byId("share").textContent = "Copy link to settings"), 2000);
+  } catch {
+    history.replaceState(null, "", fragment);
+    byId("problem").textContent = "The link is now the address of this page: copy it from the address bar.";
+  }
+}
+
+// Use the settings of the link that opened the page, if it holds any.
+async function useLink() {
+  const link = savedSettings.fromFragment(location.hash);
+  if (!link) return;
+  history.replaceState(null, "", location.pathname + location.search);
+  if (!config.endpoints.includes(link.endpoint)) {
+    byId("problem").textContent = `This server has no endpoint ${link.endpoint}, which the link is for.`;
+    return;
+  }
+  await useSettings(link.endpoint, link.input);
 }
 
 // An image dropped next to the fields goes to the form's first image input, or to an endpoint that takes an image.
@@ -137,7 +192,11 @@ byId("reset").addEventListener("click", () => {
   form.write(fields, {});
   form.showProblems(fields, []);
   onChange();
+  savedSettings.forget(endpoint);
 });
+for (const id of ["per-line", "seeds"]) byId(id).addEventListener("input", showCount);
+byId("share").addEventListener("click", share);
+addEventListener("hashchange", useLink);
 byId("endpoint").addEventListener("change", () => choose(byId("endpoint").value));
 byId("key").hidden = !config.needs_key;
 byId("key").addEventListener("click", () => askForKey());
@@ -145,7 +204,9 @@ byId("endpoint").append(...config.endpoints.map((name) => element("option", { te
 
 const last = localStorage.getItem("endpoint");
 const first = config.endpoints.includes("fal-ai/flux/dev") ? "fal-ai/flux/dev" : config.endpoints[0];
-await choose(config.endpoints.includes(last) ? last : first);
+const linked = savedSettings.fromFragment(location.hash)?.endpoint;
+if (!config.endpoints.includes(linked)) await choose(config.endpoints.includes(last) ? last : first);
+await useLink();
 results.start({
   config, useSettings, useAsInput, submit, repaint,
   schemaOf: async (name) => (await schemaOf(name)).properties,

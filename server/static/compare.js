@@ -1,9 +1,10 @@
 // Two results on top of each other, with a slider that uncovers one or the other, and the parameters in which they differ.
 
-import { button, element, modal } from "./elements.js";
+import { button, element, loadDialogStyle, modal } from "./elements.js";
 import { differences } from "./parameters.js";
 
-export function open(left, right) {
+export async function open(left, right) {
+  await loadDialogStyle();
   const slider = element("input", { type: "range", min: 0, max: 100, step: 0.5, value: 50, ariaLabel: "How much of the left image is shown, in percent" });
   const images = [left, right].map(({ run, url, width, height }) => element("img", { src: url, width, height, alt: run.request.input.prompt ?? "", draggable: false }));
   images[0].className = "left";

@@ -59,6 +59,14 @@ export function modal(className, title, ...children) {
   return dialog;
 }
 
+// Load the style of the dialogs over the whole window, once.
+let dialogStyle;
+export const loadDialogStyle = () => (dialogStyle ??= new Promise((resolve, reject) => {
+  const link = element("link", { rel: "stylesheet", href: new URL("dialogs.css", import.meta.url).href, onload: resolve });
+  link.onerror = () => reject(new Error("The server cannot be reached."));
+  document.head.append(link);
+}));
+
 // Ask whether to do something that cannot be undone. Returns the answer.
 export async function confirm(title, text, action) {
   const cancel = button("Cancel", () => dialog.close());

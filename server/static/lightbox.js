@@ -1,6 +1,6 @@
 // One image in full, with its parameters, the keys to look through the others, and everything that can be done with it.
 
-import { announce, button, element, iconButton, modal } from "./elements.js";
+import { announce, button, element, iconButton, loadDialogStyle, modal } from "./elements.js";
 import * as favourites from "./favourites.js";
 import * as imageFiles from "./image_files.js";
 import { parameterList } from "./parameters.js";
@@ -13,7 +13,8 @@ const KEYS = [
 ];
 
 // Open a result. `grid` is { shown() -> results in order, page, actions }.
-export function open(first, { shown, page, actions }) {
+export async function open(first, { shown, page, actions }) {
+  await loadDialogStyle();
   let result = first;
   const stage = element("div", { className: "stage", tabIndex: 0 });
   stage.setAttribute("role", "group");

@@ -1,6 +1,6 @@
 // A dialog to draw a mask over an image with a brush, by mouse, pen, finger or keyboard.
 
-import { announce, button, element, modal } from "./elements.js";
+import { announce, button, element, loadDialogStyle, modal } from "./elements.js";
 import { load, toPng } from "./image_files.js";
 import { MaskDrawing } from "./mask_drawing.js";
 
@@ -10,6 +10,7 @@ const HELP = "Draw over the part to change. Keys: arrows move the brush, Space p
 // Open the dialog over the image at `url`, with an earlier mask if there is one. Returns the mask as a PNG file, white
 // where it was drawn, or null if the user cancelled.
 export async function drawMask(url, earlierMask) {
+  await loadDialogStyle();
   const image = await load(url);
   const { naturalWidth: width, naturalHeight: height } = image;
   const canvas = element("canvas", { width, height, tabIndex: 0 });
@@ -25,8 +26,10 @@ export async function drawMask(url, earlierMask) {
   problem.setAttribute("role", "alert");
   const warn = (message) => (problem.textContent = message);
   image.alt = "";
+  const stage = element("div", { className: "stage" }, image, canvas, brush.node);
+  stage.style.setProperty("--ratio", width / height);
   const dialog = modal(
-    "mask", "Draw a mask", tools.node, element("div", { className: "stage" }, image, canvas, brush.node), problem,
+    "mask", "Draw a mask", tools.node, stage, problem,
     element("p", { id: "mask-help", textContent: HELP }), element("div", { className: "actions" }, use, button("Cancel", () => dialog.close())),
   );
   canvas.focus();

@@ -8,7 +8,6 @@ import { showFavourite } from "./figure.js";
 import * as recentRuns from "./recent_runs.js";
 import { Run } from "./run.js";
 import { imageToImageFor } from "./targets.js";
-import * as variations from "./variations.js";
 
 const list = byId("runs");
 const runs = new Map();
@@ -51,23 +50,42 @@ export const actions = {
   toggleFavourite,
   useAsInput: (result) => page.useAsInput(result.url, imageToImageFor(page.config, result.run.request.endpoint), "image_url", result.run.request.input.prompt),
   useSettings: (run) => page.useSettings(run.request.endpoint, run.settings()),
-  vary: (run, index) => submitAll(run, variations.withNeighbouringSeeds(run.settings(), variations.seedOf(run.seed, index))),
+  vary,
   varyStrength,
   confirmDelete: ({ results }) => {
     const images = results.length === 1 ? "its image" : `its ${results.length} images`;
     return confirm("Delete this request?", `The server deletes the request and ${images}. This cannot be undone.`, "Delete");
   },
+  onUpdate: async (run) => (await import("./queue_panel.js")).update(run, changePriority),
   onDelete: remove,
 };
+
+// fal's API cannot change the priority of a waiting request, so it is sent again and then cancelled.
+async function changePriority(run, priority) {
+  const { endpoint, input } = run.request;
+  try {
+    await page.submit(endpoint, input, priority);
+    await run.delete();
+    announce(priority === "low" ? "It waits for all requests of normal priority." : "It waits with the requests of normal priority.");
+  } catch (error) {
+    byId("problem").textContent = error.message;
+  }
+}
 
 function onFinish(run, isOld) {
   if (!isOld) page.onSeed(run.seed);
   filter();
 }
 
+async function vary(run, index) {
+  const { seedOf, withNeighbouringSeeds } = await import("./variations.js");
+  await submitAll(run, withNeighbouringSeeds(run.settings(), seedOf(run.seed, index)));
+}
+
 async function varyStrength(run, index) {
+  const { seedOf, withNeighbouringStrengths } = await import("./variations.js");
   const { strength } = await page.schemaOf(run.request.endpoint);
-  await submitAll(run, variations.withNeighbouringStrengths(run.settings(), variations.seedOf(run.seed, index), strength));
+  await submitAll(run, withNeighbouringStrengths(run.settings(), seedOf(run.seed, index), strength));
 }
 
 async function submitAll(run, inputs) {

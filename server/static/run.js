@@ -4,15 +4,15 @@ import * as api from "./api.js";
 import { button, element } from "./elements.js";
 import { figure } from "./figure.js";
 
-const NO_SEED = "no seed";
-
 export class Run {
-  // `actions` are the functions that the buttons call: { useSettings(run), vary(run, index), onFinish(run),
-  // onDelete(run), ... }; figure.js lists those of an image.
+  // `actions` are the functions that the buttons call: { useSettings(run), vary(run, index), onUpdate(run),
+  // onFinish(run), onDelete(run), ... }; figure.js lists those of an image.
   constructor(request, actions) {
     this.request = request;
     this.actions = actions;
     this.results = [];
+    this.lines = [];
+    this.position = null;
     this.state = element("p", { className: "state", textContent: "Sending…" });
     this.state.setAttribute("role", "status");
     this.bar = element("progress", { max: 1, ariaLabel: "Steps" });
@@ -60,9 +60,19 @@ export class Run {
     }
   }
 
+  // Return what its time left is estimated from: see estimate.js.
+  progress() {
+    const isStarted = this.bar.position >= 0;
+    return { input: this.request.input, logs: this.lines, position: this.position, step: isStarted ? this.bar.value : 0, numSteps: isStarted ? this.bar.max : 0 };
+  }
+
   update({ status, queue_position: position, logs, preview }) {
     this.node.dataset.status = status;
-    if (logs) this.logs.textContent = logs.map(({ message }) => message).join("\n");
+    this.position = position ?? null;
+    if (logs) {
+      this.lines = logs;
+      this.logs.textContent = logs.map(({ message }) => message).join("\n");
+    }
     for (const { message } of logs ?? []) {
       const step = /^step (\d+)\/(\d+)$/.exec(message);
       if (step) [this.bar.value, this.bar.max] = [Number(step[1]), Number(step[2])];
@@ -76,7 +86,7 @@ export class Run {
       UNREACHABLE: "Cannot reach the server, retrying…",
     };
     this.state.textContent = labels[status];
-    this.actions.onUpdate?.(this, status, position);
+    this.actions.onUpdate(this);
   }
 
   showPreview(url) {
@@ -88,7 +98,7 @@ export class Run {
     this.seed = output.seed;
     this.seconds = seconds;
     this.node.dataset.status = "COMPLETED";
-    this.end(`Seed ${output.seed ?? NO_SEED}${seconds === undefined ? "" : `, ${seconds.toFixed(2)} s`}`);
+    this.end(`Seed ${output.seed}${seconds === undefined ? "" : `, ${seconds.toFixed(2)} s`}`);
     this.raw.textContent = JSON.stringify(output, null, 2);
     this.results = output.images.map(({ url, width, height }, index) => ({
       run: this, index, url: api.localUrl(url), width, height, isFlagged: Boolean(output.has_nsfw_concepts?.[index]),
@@ -96,7 +106,7 @@ export class Run {
     this.images.replaceChildren(...this.results.map((result) => figure(result, this.actions)));
     this.images.dataset.count = this.results.length;
     this.varyButton.hidden = false;
-    this.actions.onFinish?.(this);
+    this.actions.onFinish(this);
   }
 
   fail(error) {
@@ -110,7 +120,7 @@ export class Run {
     this.state.textContent = state;
     this.bar.hidden = this.cancelButton.hidden = true;
     this.isDone = true;
-    this.actions.onEnd?.(this);
+    this.actions.onUpdate(this);
     if (this.isDeleted) api.deleteRequest(this.request);
   }
 

@@ -79,6 +79,7 @@ def saved(page: Page) -> Image.Image:
 def test_a_drawn_mask_goes_where_mask_url_asks(page: Page, mask: Locator) -> None:
     """The mask has the size of the image, white where the brush was; the server repaints that part."""
     start(page)
+    assert mask.locator(".stage img").bounding_box() == mask.locator("canvas").bounding_box()
     stroke(page, (0.25, 0.2), (0.25, 0.8))
     image = saved(page)
     assert (image.format, image.size) == ("PNG", (96, 80))

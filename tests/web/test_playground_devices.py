@@ -123,6 +123,21 @@ def test_brush_is_accessible(node: None, page: Page) -> None:
     assert fits(page)
 
 
+@pytest.mark.parametrize("path", ["/", "/status"])
+def test_first_visit_loads_little(browser: Browser, playing: Server, path: str) -> None:
+    """A visit with an empty cache takes at most 100 kB: the page, its style and scripts, and the first form."""
+    context = browser.new_context()
+    page = context.new_page()
+    loaded: dict[str, int] = {}
+    page.on("response", lambda response: loaded.update({response.url: len(response.body())}))
+    page.goto(f"{playing.url}{path}")
+    page.wait_for_selector("body[data-ready]")
+    page.wait_for_load_state("networkidle")
+    context.close()
+    assert {f"{playing.url}/static/style.css", f"{playing.url}/static/elements.js"} <= loaded.keys()
+    assert sum(loaded.values()) <= 100_000, loaded
+
+
 def test_status_page_is_accessible(node: None, page: Page, playing: Server) -> None:
     httpx.post(f"{playing.url}/test/null", json={"prompt": "x"}, trust_env=False).raise_for_status()
     httpx.post(f"{playing.url}/test/raises", json={"prompt": "x"}, trust_env=False)

@@ -8,7 +8,7 @@ from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
 from models.schema import image_inputs
-from server.api.dependencies import get_services
+from server.api.dependencies import authenticate, get_services
 from server.api.responses import FalJSONResponse
 
 router = APIRouter(include_in_schema=False)
@@ -82,3 +82,10 @@ async def playground_config(request: Request) -> Response:
             "needs_key": not services.keys.allows_anonymous,
         }
     )
+
+
+@router.get("/playground/steps.json")
+async def step_times(request: Request) -> Response:
+    """Return the mean times of a step since the start, from which the playground estimates how long requests take."""
+    authenticate(request)
+    return FalJSONResponse({"steps": get_services(request).metrics.steps()})
