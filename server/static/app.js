@@ -86,7 +86,8 @@ function showCount() {
 async function showCode() {
   if (byId("code").hidden) return;
   const { show } = await import("./code_samples.js");
-  show(byId("code"), endpoint, form.read(fields), { needsKey: config.needs_key, url: api.origin });
+  const site = { needsKey: config.needs_key, url: api.origin };
+  show(byId("code"), endpoint, form.read(fields), site, Boolean(config.image_inputs[endpoint]));
 }
 
 async function useSettings(name, input) {

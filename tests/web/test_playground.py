@@ -1,10 +1,7 @@
 """The playground in a real browser: submit, follow, cancel and delete requests, and keep a history."""
 
 import base64
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +12,6 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from tests.support.image_files import encode, noise_image
-from tests.support.node import JS
-from tests.support.python_client import env_variables
 from tests.support.server_process import Gate, Server, free_port, serving
 from tests.web.test_browser_client import browser as browser
 
@@ -364,32 +359,6 @@ def test_page_recovers_from_a_server_restart(browser: Browser, tmp_path: Path, g
         server.ready()
         expect(shown.locator("figure img")).to_be_visible(timeout=30_000)
         assert next(pages, None) is None
-
-
-@pytest.mark.parametrize("key", ["", "a-key"])
-def test_code_samples_run(node: None, browser: Browser, tmp_path: Path, key: str) -> None:
-    """Each program runs unchanged, against a server that requires a key and one that does not."""
-    with serving(tmp_path / "data", "test/null=demo", tls_port=str(free_port()), keys=key) as server:
-        for page in open_page(browser, server.ready().url):
-            choose(page, "test/null")
-            page.get_by_label("Prompt").fill("it's a \"test\" with $HOME and 'quotes'")
-            page.get_by_role("button", name=re.compile("512.512")).click()
-            page.get_by_label("Seed", exact=True).fill("5")
-            page.get_by_role("tab", name="Code").click()
-            names = ("curl", "Python", "JavaScript")
-            programs = {name: page.locator(f"pre[data-language={name}]").inner_text() for name in names}
-        environment = {"PATH": os.environ["PATH"], **env_variables(server), "FAL_KEY": key or "local"}
-        (tmp_path / "sample.mjs").write_text(programs["JavaScript"])
-        (tmp_path / "node_modules").symlink_to(JS / "node_modules")
-        commands = {
-            "curl": ["bash", "-c", programs["curl"]],
-            "Python": [sys.executable, "-c", programs["Python"]],
-            "JavaScript": ["node", "sample.mjs"],
-        }
-        for name, command in commands.items():
-            process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-            assert process.returncode == 0, f"{name}: {process.stderr}"
-            assert "/files/" in process.stdout, name
 
 
 def test_status_page(browser: Browser, playing: Server) -> None:
