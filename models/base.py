@@ -110,6 +110,7 @@ class EngineInfo:
         unavailable: the tiers, and the ways to run them, that do not work on this device, each with the reason.
         used_bytes: the device memory in use by all processes; None on a CPU.
         total_bytes: the device memory in total; None on a CPU.
+        way: how the transformer runs, such as "compiled with the fastest attention" or "uncompiled, because ...".
     """
 
     device: str = "cpu"
@@ -119,6 +120,7 @@ class EngineInfo:
     used_bytes: int | None = None
     total_bytes: int | None = None
     unavailable: tuple[str, ...] = ()
+    way: str = ""
 
 
 class GenerationFailed(Exception):

@@ -122,7 +122,7 @@ def build(settings: Settings) -> Components:
         signer=signer,
         notifier=notifier,
         metrics=metrics,
-        **_queries(database),
+        **_queries(database, settings),
         readiness=lambda: (backend.is_ready, backend.loading),
         gpus=backend.gpus,
     )
@@ -141,12 +141,12 @@ def _add_gauges(metrics: Metrics, database: Database, settings: Settings, backen
     metrics.add_gauges(gauges, partial(collect_gpu_gauges, backend.gpus))
 
 
-def _queries(database: Database) -> dict[str, Any]:
+def _queries(database: Database, settings: Settings) -> dict[str, Any]:
     """Build the queries that routes run on the database directly, without the queue."""
     return {
         "history": partial(query_history, database),
         "usage": partial(query_usage, database),
-        "overview": partial(load_overview, database),
+        "overview": partial(load_overview, database, fal_price=settings.fal_price),
     }
 
 

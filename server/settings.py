@@ -173,6 +173,13 @@ class Settings(BaseModel):
         "", description="Secret, whsec_..., for an additional Standard Webhooks signature."
     )
     shutdown_grace: float = Field(30, ge=0, description="Seconds that running requests get to finish during a stop.")
+    fal_price: float = Field(
+        0,
+        ge=0,
+        allow_inf_nan=False,
+        description="fal's price of a megapixel, in any currency: /status then shows what the same images would have"
+        " cost there; 0: not shown.",
+    )
     openai_models: NamedEndpoints = Field(
         (),
         description="Model names of OpenAI's API, as NAME=ENDPOINT. Names that start with gpt-image, chatgpt-image or"

@@ -11,6 +11,9 @@ from server.storage.database import Database
 
 MINUTES = 60
 USAGE_DAYS = 30
+DAY = 24 * 3600
+#: How many of the last day's requests are read for their times, at most, and how many sizes are listed.
+_TIMES_REQUESTS, _TIMES_ROWS = 20_000, 30
 _FAILURES = 20
 _MINUTES = """
     SELECT CAST((finished_at - ?1) / 60 AS INTEGER) AS minute,
@@ -31,6 +34,19 @@ _LAST_FAILURES = """
 _USAGE = """
     SELECT substr(owner, 1, 9) AS owner, sum(requests) AS requests, sum(billable_units) AS billable_units FROM usage
     WHERE day >= ? GROUP BY owner ORDER BY billable_units DESC
+"""
+# The responses with inline images are large, and slow to parse, so their sizes are not read.
+_TIMES = """
+    SELECT coalesce(width || 'x' || height, 'unknown') AS size, coalesce(acceleration, 'none') AS acceleration,
+        count(*) AS requests,
+        avg(inference_time) AS mean, min(inference_time) AS fastest, max(inference_time) AS slowest
+    FROM (
+        SELECT acceleration, inference_time,
+            iif(output_size = 0 AND json_valid(output), json_extract(output, '$.images[0].width'), NULL) AS width,
+            iif(output_size = 0 AND json_valid(output), json_extract(output, '$.images[0].height'), NULL) AS height
+        FROM jobs WHERE state = 'COMPLETED' AND status = 200 AND finished_at > ? AND inference_time IS NOT NULL
+        ORDER BY finished_at DESC LIMIT ?
+    ) GROUP BY size, acceleration ORDER BY requests DESC LIMIT ?
 """
 
 #: A minute in which no request finished.
@@ -61,15 +77,17 @@ class GpuStatus:
     failure: str = ""
 
 
-def load_overview(database: Database, now: float | None = None) -> dict[str, Any]:
+def load_overview(database: Database, now: float | None = None, *, fal_price: float = 0) -> dict[str, Any]:
     """Load the data of /status from the database; blocks on the disk. Owners are cut to 9 characters.
 
-    `now` is in seconds since 1970.
+    `now` is in seconds since 1970. `fal_price` is the operator's setting; 0 if it is not set.
     """
     now = time.time() if now is None else now
     return {
         "minutes": _minutes(database, now),
         "endpoints": _endpoints(database, now),
+        "times": _times(database, now),
+        "fal_price": fal_price,
         "failures": _failures(database),
         "usage": _usage(database, now),
     }
@@ -88,6 +106,11 @@ def _minutes(database: Database, now: float) -> list[dict[str, Any]]:
 def _endpoints(database: Database, now: float) -> list[dict[str, Any]]:
     """Count the successful requests of the last hour by endpoint, and average their times in seconds."""
     return [dict(row) for row in database.read(_ENDPOINTS, now - 60 * MINUTES)]
+
+
+def _times(database: Database, now: float) -> list[dict[str, Any]]:
+    """Summarize the generation times of the last day by size and acceleration, in seconds; most frequent first."""
+    return [dict(row) for row in database.read(_TIMES, now - DAY, _TIMES_REQUESTS, _TIMES_ROWS)]
 
 
 def _failures(database: Database) -> list[dict[str, Any]]:

@@ -75,10 +75,19 @@ def ways(config: EngineConfig, device: str, plan: Plan) -> list[str]:
 
     Uncompiled, each product in fp8 is several kernels, which are slower than the next plan.
     """
-    if device == "cpu" or config.is_eager or not plan.can_compile:
+    if uncompiled_reason(config, device, plan):
         return [UNCOMPILED]
     compiled = [FASTEST, COMPILED] if has_faster_attention() else [COMPILED]
     return compiled if plan.needs_fp8 else [*compiled, UNCOMPILED]
+
+
+def uncompiled_reason(config: EngineConfig, device: str, plan: Plan) -> str:
+    """Return why nothing is compiled, whatever works on the device; "" if compiling is tried."""
+    if device == "cpu":
+        return "the device is a CPU"
+    if config.is_eager:
+        return "the server runs with --eager"
+    return "" if plan.can_compile else f"weights in the memory plan {plan.name} cannot be compiled"
 
 
 def build(pipeline: Any, config: EngineConfig, plan: Plan, way: str) -> tuple[list[Tier], list[str]]:

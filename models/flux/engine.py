@@ -80,17 +80,19 @@ class FluxEngine:
         self.num_text_tokens = count_text_tokens(pipeline)
         self.kind = conditioning.kind_of(pipeline)
         self.attempts = attempts or Attempts(None)
+        #: How the transformer runs, for the operator.
+        self.way = ""
         #: What failed on this device, each with the reason, for the operator.
         self.unavailable: list[str] = []
         # On a CPU, decoding on a second thread gains nothing: measured, the threads of OpenMP slow each other down.
         self.decodes_concurrently = self.device.decode_stream is not None
 
     def info(self) -> EngineInfo:
-        """Return the device and its memory, the number type, the memory plan, the ready tiers, and what failed."""
+        """Return the device, its memory, the number type, the plan, the ready tiers, what failed, and the way to run."""
         ready = tuple(tier.name for tier in self.tiers if tier.is_ready)
         dtype = devices.type_name(self.pipeline.transformer.dtype)
         memory, unavailable = self.device.memory(), tuple(self.unavailable)
-        return EngineInfo(self.device.description, dtype, self.plan.name, ready, *memory, unavailable)
+        return EngineInfo(self.device.description, dtype, self.plan.name, ready, *memory, unavailable, self.way)
 
     def warm_up(self) -> bool:
         """Make the next tier ready, then the compiled decoder; return False if all are ready.

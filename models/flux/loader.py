@@ -154,8 +154,11 @@ def warm_up_none(engine: FluxEngine, config: EngineConfig, failed: Mapping[str, 
     none = engine.tiers
     for way in acceleration.ways(config, engine.device.name, engine.plan):
         if _is_ready(engine, config, way, failed):
+            engine.way = way
             if way != acceleration.UNCOMPILED:
                 _offer_compiled_decoder(engine)
+            elif reason := acceleration.uncompiled_reason(config, engine.device.name, engine.plan):
+                engine.way = f"{way}, because {reason}"
             return
         # Release the copies that were made for this way.
         engine.tiers = none

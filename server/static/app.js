@@ -41,6 +41,7 @@ async function choose(name) {
     const previous = form.read(fields);
     fields = form.build(schema, { first: byId("fields"), more: byId("more") }, onChange);
     fill(previous, savedSettings.settingsOf(name));
+    placeBatchOptions();
     byId("problem").textContent = "";
   } catch (error) {
     if (choice !== latestChoice) return;
@@ -70,7 +71,20 @@ function onChange() {
   showCode();
 }
 
-const batchOptions = () => ({ isPromptPerLine: byId("per-line").checked, numSeeds: Math.max(1, Math.trunc(byId("seeds").value) || 1) });
+// Put the options for several requests next to the fields that they are about.
+const [perLine, seeds] = [byId("per-line"), byId("seeds")];
+const batchLabels = { prompt: byId("per-line-label"), seed: byId("seeds-label") };
+function placeBatchOptions() {
+  for (const [name, label] of Object.entries(batchLabels)) {
+    label.remove();
+    fields.get(name)?.node.append(label);
+  }
+}
+
+const batchOptions = () => ({
+  isPromptPerLine: perLine.checked,
+  numSeeds: fields.has("seed") ? Math.max(1, Math.trunc(seeds.value) || 1) : 1,
+});
 
 // Show on the button how many requests it sends.
 function showCount() {
@@ -88,6 +102,13 @@ async function showCode() {
   const { show } = await import("./code_samples.js");
   const site = { needsKey: config.needs_key, url: api.origin };
   show(byId("code"), endpoint, form.read(fields), site, Boolean(config.image_inputs[endpoint]));
+}
+
+// Show a request as a program: its settings, and the code tab.
+async function showCodeOf(name, input) {
+  await useSettings(name, input);
+  chooseTab(byId("tab-code"));
+  byId("tab-code").focus();
 }
 
 async function useSettings(name, input) {
@@ -111,10 +132,11 @@ async function useAsInput(url, name, path, prompt) {
 // Open the brush over a result, in the form of an endpoint that takes a mask.
 async function repaint(url, { endpoint: name, input }) {
   const target = inpaintingFor(config, name);
-  if (target) await useAsInput(url, target, "image_url", input.prompt);
+  if (target) await useAsInput(url, target, "image_url");
   const mask = fields.get("mask_url");
   if (!mask) return;
   mask.write(undefined);
+  fields.get("prompt")?.write(input.prompt);
   if (await mask.paint()) form.focus(fields, "prompt");
 }
 
@@ -136,6 +158,8 @@ async function run() {
       await submit(name, input, priority);
       sent += 1;
     }
+    // On a phone, the results are below the form.
+    if (matchMedia("(max-width: 760px)").matches) byId("images").scrollIntoView();
     announce(sent === 1 ? "The request is sent." : `${sent} requests are sent.`);
   } catch (error) {
     const problem = error instanceof api.ApiError && error.problems.length ? form.showProblems(fields, error.problems) : error.message;
@@ -150,7 +174,7 @@ async function share() {
     await copyText(`${location.href.split("#")[0]}${fragment}`);
     announce("The link is copied.");
     byId("share").textContent = "Copied";
-    setTimeout(() => (byId("share").textContent = "Copy link to settings"), 2000);
+    setTimeout(() => (byId("share").textContent = "Copy link"), 2000);
   } catch {
     history.replaceState(null, "", fragment);
     byId("problem").textContent = "The link is now the address of this page: copy it from the address bar.";
@@ -178,7 +202,7 @@ function onDrop(event) {
   else if (url && config.paint_over.length) useAsInput(url, imageToImageFor(config, endpoint), "image_url");
 }
 
-tabs.start(byId("tabs"), showCode);
+const chooseTab = tabs.start(byId("tabs"), showCode);
 byId("form").addEventListener("submit", (event) => {
   event.preventDefault();
   run();
@@ -195,7 +219,7 @@ byId("reset").addEventListener("click", () => {
   onChange();
   savedSettings.forget(endpoint);
 });
-for (const id of ["per-line", "seeds"]) byId(id).addEventListener("input", showCount);
+for (const control of [perLine, seeds]) control.addEventListener("input", showCount);
 byId("share").addEventListener("click", share);
 addEventListener("hashchange", useLink);
 byId("endpoint").addEventListener("change", () => choose(byId("endpoint").value));
@@ -209,7 +233,7 @@ const linked = savedSettings.fromFragment(location.hash)?.endpoint;
 if (!config.endpoints.includes(linked)) await choose(config.endpoints.includes(last) ? last : first);
 await useLink();
 results.start({
-  config, useSettings, useAsInput, submit, repaint,
+  config, useSettings, showCodeOf, useAsInput, submit, repaint,
   schemaOf: async (name) => (await schemaOf(name)).properties,
   onSeed: (seed) => fields.get("seed")?.setLastSeed?.(seed),
 });

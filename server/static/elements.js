@@ -38,10 +38,15 @@ export function iconButton(icon, label, action) {
   return node;
 }
 
-// Tell screen readers what happened, without moving the focus.
+const ANNOUNCEMENT_MS = 5000;
+
+// Say what happened, in a corner of the window and to screen readers, without moving the focus.
 export function announce(message) {
-  const region = document.querySelector("dialog[open] .announcement") ?? byId("announcement");
+  const region = [...document.querySelectorAll("dialog[open] .announcement")].at(-1) ?? byId("announcement");
   region.textContent = message;
+  region.classList.toggle("shown", message !== "");
+  clearTimeout(region.timer);
+  region.timer = setTimeout(() => region.classList.remove("shown"), ANNOUNCEMENT_MS);
 }
 
 // A modal dialog with a heading and a button that closes it. It is removed from the page when it closes.
@@ -63,7 +68,10 @@ export function modal(className, title, ...children) {
 let dialogStyle;
 export const loadDialogStyle = () => (dialogStyle ??= new Promise((resolve, reject) => {
   const link = element("link", { rel: "stylesheet", href: new URL("dialogs.css", import.meta.url).href, onload: resolve });
-  link.onerror = () => reject(new Error("The server cannot be reached."));
+  link.onerror = () => {
+    dialogStyle = undefined;
+    reject(new Error("The server cannot be reached. Try again when it runs."));
+  };
   document.head.append(link);
 }));
 

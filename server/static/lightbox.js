@@ -20,6 +20,7 @@ export async function open(first, { shown, page, actions }) {
   stage.setAttribute("role", "group");
   const aside = element("aside", { ariaLabel: "Parameters and actions" });
   const count = element("span", { className: "count" });
+  count.setAttribute("role", "status");
   const move = (step) => {
     const results = shown();
     const next = results[(results.indexOf(result) + step + results.length) % results.length];
@@ -36,7 +37,7 @@ export async function open(first, { shown, page, actions }) {
     count.textContent = `${results.indexOf(result) + 1} of ${results.length}`;
     showImage(stage, result);
     aside.replaceChildren(buttons(result, commands, page), sendForm(result, page, close), parameterList(result), keyList());
-    announce(`Image ${count.textContent}`);
+    stage.setAttribute("aria-label", `Image ${count.textContent}. Press Z to see its pixels.`);
   }
 
   dialog.addEventListener("keydown", (event) => {
@@ -54,8 +55,8 @@ export async function open(first, { shown, page, actions }) {
 function showImage(stage, { run, url, width, height, isFlagged }) {
   const image = element("img", { src: url, width, height, alt: run.request.input.prompt ?? "", draggable: true, className: isFlagged ? "flagged" : "" });
   image.addEventListener("dragstart", (event) => imageFiles.setDragged(event.dataTransfer, url));
-  stage.setAttribute("aria-label", "Image. Press Z to see its pixels.");
   stage.dataset.zoom = "";
+  stage.style.setProperty("--ratio", width && height ? width / height : 1);
   stage.replaceChildren(image);
 }
 
@@ -91,6 +92,7 @@ function commandsFor({ current, close, move, show, shown, page, actions, stage }
     v: () => actions.vary(current().run, current().index),
     d: () => stage.closest("dialog").querySelector("a[download]").click(),
     strength: () => actions.varyStrength(current().run, current().index),
+    code: () => { close(); page.showCodeOf(current().run.request.endpoint, current().run.settings()); },
     input: () => { close(); actions.useAsInput(current()); },
     r: () => { close(); page.repaint(current().url, current().run.request); },
     copy: () => imageFiles.copy(current().url).then(() => announce("Copied."), (error) => announce(error.message)),
@@ -110,7 +112,7 @@ function buttons(result, commands, page) {
   return element(
     "div", { className: "actions" },
     button("Variations", commands.v, { title: "Three more, with neighbouring seeds" }), ...strength, ...repaint, ...inputs,
-    button("Use these settings", commands.s), star, button("Compare", commands.c),
+    button("Use these settings", commands.s), button("Show code", commands.code), star, button("Compare", commands.c),
     element("a", { className: "button", href: url, download: name, textContent: "Download" }),
     button("Copy image", commands.copy), button("Copy link", commands.copyLink), button("Delete", commands.Delete),
   );

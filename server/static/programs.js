@@ -28,7 +28,7 @@ const curl = (endpoint, input, { url, needsKey }) => {
   const authorization = needsKey ? ` \\\n  -H "Authorization: Key $FAL_KEY"` : "";
   return `curl ${url}/${endpoint}${authorization} \\
   -H 'Content-Type: application/json' \\
-  -d ${shell(JSON.stringify(input))}
+  -d ${shell(javascript(input))}
 `;
 };
 

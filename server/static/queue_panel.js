@@ -16,7 +16,7 @@ byId("cancel-all").addEventListener("click", () => {
 export function update(run, changePriority) {
   if (run.isDone) {
     rows.get(run)?.node.remove();
-    rows.delete(run);
+    if (rows.delete(run) && rows.size) loadStepTimes().then(render, () => null);
   } else if (!rows.has(run) && ["IN_QUEUE", "IN_PROGRESS"].includes(run.node.dataset.status)) {
     if (!rows.size) loadStepTimes().then(render, () => null);
     rows.set(run, createRow(run, changePriority));

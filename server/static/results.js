@@ -44,8 +44,26 @@ export function add(request, { isOld = false } = {}) {
 
 export const follow = (run) => withKey(() => run.follow()).catch((error) => run.fail(error));
 
+// Use a module that the page loads only when it is needed, and show what fails.
+async function withModule(loading, use) {
+  try {
+    const module = await loading.catch(() => Promise.reject(new Error("The server cannot be reached. Try again when it runs.")));
+    await use(module);
+  } catch (error) {
+    byId("problem").textContent = error.message;
+  }
+}
+
+const vary = (run, index) => withModule(import("./variations.js"), ({ seedOf, withNeighbouringSeeds }) =>
+  submitAll(run, withNeighbouringSeeds(run.settings(), seedOf(run.seed, index))));
+
+const varyStrength = (run, index) => withModule(import("./variations.js"), async ({ seedOf, withNeighbouringStrengths }) => {
+  const { strength } = await page.schemaOf(run.request.endpoint);
+  await submitAll(run, withNeighbouringStrengths(run.settings(), seedOf(run.seed, index), strength));
+});
+
 export const actions = {
-  open: async (result) => (await import("./lightbox.js")).open(result, { shown, page, actions }),
+  open: (result) => withModule(import("./lightbox.js"), ({ open }) => open(result, { shown, page, actions })),
   compare,
   toggleFavourite,
   useAsInput: (result) => page.useAsInput(result.url, imageToImageFor(page.config, result.run.request.endpoint), "image_url", result.run.request.input.prompt),
@@ -56,7 +74,8 @@ export const actions = {
     const images = results.length === 1 ? "its image" : `its ${results.length} images`;
     return confirm("Delete this request?", `The server deletes the request and ${images}. This cannot be undone.`, "Delete");
   },
-  onUpdate: async (run) => (await import("./queue_panel.js")).update(run, changePriority),
+  // Without the server there is no panel; the request itself shows that the server cannot be reached.
+  onUpdate: (run) => import("./queue_panel.js").then(({ update }) => update(run, changePriority), () => null),
   onDelete: remove,
 };
 
@@ -75,17 +94,6 @@ async function changePriority(run, priority) {
 function onFinish(run, isOld) {
   if (!isOld) page.onSeed(run.seed);
   filter();
-}
-
-async function vary(run, index) {
-  const { seedOf, withNeighbouringSeeds } = await import("./variations.js");
-  await submitAll(run, withNeighbouringSeeds(run.settings(), seedOf(run.seed, index)));
-}
-
-async function varyStrength(run, index) {
-  const { seedOf, withNeighbouringStrengths } = await import("./variations.js");
-  const { strength } = await page.schemaOf(run.request.endpoint);
-  await submitAll(run, withNeighbouringStrengths(run.settings(), seedOf(run.seed, index), strength));
 }
 
 async function submitAll(run, inputs) {
@@ -130,7 +138,7 @@ async function compare(result) {
   }
   const other = chosen;
   chooseForComparison(null);
-  (await import("./compare.js")).open(other, result);
+  await withModule(import("./compare.js"), ({ open }) => open(other, result));
 }
 
 function chooseForComparison(result) {

@@ -98,7 +98,7 @@ export class Run {
     this.seed = output.seed;
     this.seconds = seconds;
     this.node.dataset.status = "COMPLETED";
-    this.end(`Seed ${output.seed}${seconds === undefined ? "" : `, ${seconds.toFixed(2)} s`}`);
+    this.end(`Seed ${output.seed}${seconds === undefined ? "" : `, ${seconds.toFixed(seconds < 1 ? 2 : 1)} s`}`);
     this.raw.textContent = JSON.stringify(output, null, 2);
     this.results = output.images.map(({ url, width, height }, index) => ({
       run: this, index, url: api.localUrl(url), width, height, isFlagged: Boolean(output.has_nsfw_concepts?.[index]),

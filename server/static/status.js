@@ -50,6 +50,7 @@ const WEIGHTS_COLUMNS = {
   memory: ["Memory plan", String],
   used: ["Device memory", String],
   acceleration: ["Acceleration tiers ready", String],
+  way: ["Transformer runs", String],
 };
 // Shown only if something is not available.
 const UNAVAILABLE_COLUMN = { unavailable: ["Not available", String] };
@@ -58,6 +59,14 @@ const STEPS_COLUMNS = {
   acceleration: ["Acceleration", String],
   count: ["Steps", count],
   seconds: ["Mean time", seconds],
+};
+const TIMES_COLUMNS = {
+  size: ["Size", String],
+  acceleration: ["Acceleration", String],
+  requests: ["Requests", count],
+  mean: ["Mean", seconds],
+  fastest: ["Fastest", seconds],
+  slowest: ["Slowest", seconds],
 };
 const ENDPOINTS_COLUMNS = {
   endpoint: ["Endpoint", String],
@@ -76,6 +85,17 @@ const FAILURES_COLUMNS = {
   error: ["Error", String],
   request_id: ["Request ID", String],
 };
+
+// With the operator's price, shown with two decimals: a price is a sum of money.
+const costColumn = (price) => ({ cost: [`At fal, at ${price} a megapixel`, (value) => value.toFixed(2)] });
+
+// The cost at fal of each key's images, and of all of them.
+function usageRows(usage, price) {
+  const rows = usage.map((row) => ({ ...row, cost: price * row.billable_units }));
+  const sum = (name) => rows.reduce((total, row) => total + row[name], 0);
+  const total = { owner: "All keys", requests: sum("requests"), billable_units: sum("billable_units"), cost: sum("cost") };
+  return price && rows.length > 1 ? [...rows, total] : rows;
+}
 
 function fillTable(table, columns, rows) {
   const head = element("tr", {}, ...Object.values(columns).map(([label]) => element("th", { scope: "col", textContent: label })));
@@ -113,6 +133,7 @@ const gpuRows = (gpus) =>
       dtype: engine?.dtype ?? "–",
       memory: engine?.memory ?? "–",
       acceleration: engine?.acceleration.join(", ") ?? "–",
+      way: engine?.way || "–",
       unavailable: engine?.unavailable.join("; ") || "–",
       used: engine?.used_bytes == null ? "–" : `${bytes(engine.used_bytes)} of ${bytes(engine.total_bytes)}`,
       state: gpu.failure ? `${gpu.state}: ${gpu.failure}` : gpu.state,
@@ -139,7 +160,9 @@ function show(status) {
   );
   fillTable(byId("steps"), STEPS_COLUMNS, status.steps);
   fillTable(byId("endpoints"), ENDPOINTS_COLUMNS, status.endpoints);
-  fillTable(byId("usage"), USAGE_COLUMNS, status.usage);
+  fillTable(byId("times"), TIMES_COLUMNS, status.times);
+  const price = status.fal_price;
+  fillTable(byId("usage"), { ...USAGE_COLUMNS, ...(price ? costColumn(price) : {}) }, usageRows(status.usage, price));
   fillTable(byId("failures"), FAILURES_COLUMNS, status.failures);
   document.body.dataset.ready = "true";
 }

@@ -8,7 +8,7 @@ import pytest
 
 from server.errors import InternalError
 from server.queue.jobs import Outcome
-from server.status import MINUTES, load_overview
+from server.status import DAY, MINUTES, load_overview
 from tests.support.components import Clock, Components, claim_job, open_components
 from tests.support.components import success as successful_outcome
 from tests.support.server_process import TEST_MODELS, serving
@@ -40,6 +40,27 @@ def test_the_overview_covers_the_last_hour(components: Components) -> None:
     assert not any(minute["ended"] for minute in later["minutes"])
     assert later["endpoints"] == []
     assert later["usage"] == [{"owner": "me", "requests": 3, "billable_units": 0}]
+
+
+def test_times_of_the_last_day_are_grouped_by_size_and_tier(components: Components) -> None:
+    """Responses with inline images count under an unknown size, and damaged ones too."""
+    sized = '{"images": [{"url": "u", "width": 512, "height": 768}]}'
+    for body, tier, seconds in [
+        (sized, "none", 1.0),
+        (sized, "none", 3.0),
+        (sized, "high", 0.5),
+        ('{"images": "' + "x" * 20_000 + '"}', "none", 7.0),
+        ("{damaged", "none", 9.0),
+    ]:
+        outcome = Outcome(200, body, inference_time=seconds, acceleration=tier)
+        components.queue.finish(claim_job(components), outcome)
+    components.clock.now += DAY - 10
+    assert load_overview(components.database, components.clock.now)["times"] == [
+        {"size": "512x768", "acceleration": "none", "requests": 2, "mean": 2.0, "fastest": 1.0, "slowest": 3.0},
+        {"size": "unknown", "acceleration": "none", "requests": 2, "mean": 8.0, "fastest": 7.0, "slowest": 9.0},
+        {"size": "512x768", "acceleration": "high", "requests": 1, "mean": 0.5, "fastest": 0.5, "slowest": 0.5},
+    ]
+    assert load_overview(components.database, components.clock.now + 20)["times"] == []
 
 
 def test_the_overview_over_http(tmp_path: Path) -> None:

@@ -374,7 +374,26 @@ def test_status_page(browser: Browser, playing: Server) -> None:
         expect(page.get_by_role("img", name="Images per minute, last hour: peak")).to_be_visible()
         expect(page.locator("#gpus")).to_contain_text("none at all")
         expect(page.locator("#gpus")).to_contain_text("acceleration high: a test")
+        expect(page.locator("#gpus")).to_contain_text("as fast as nothing")
         expect(page.locator("#steps")).to_contain_text("1024x768")
+        expect(page.locator("#times tbody tr").first).to_contain_text("1024x768none")
+        expect(page.locator("#usage")).not_to_contain_text("At fal")
+
+
+def test_status_page_shows_the_price_at_fal(browser: Browser, tmp_path: Path) -> None:
+    """Off by default. The unit that fal bills is a megapixel, rounded up for each image."""
+    with serving(tmp_path, "test/null=demo", fal_price="0.025", keys="one", operator_keys="boss") as server:
+        server.ready()
+        for key, num_images in (("one", 4), ("boss", 2)):
+            body = {"prompt": "x", "image_size": "square_hd", "num_images": num_images}
+            headers = {"authorization": f"Key {key}"}
+            httpx.post(f"{server.url}/test/null", json=body, headers=headers, trust_env=False).raise_for_status()
+        for page in open_page(browser, f"{server.url}/status"):
+            page.get_by_label("API key", exact=True).fill("boss")
+            page.get_by_role("button", name="Use this key").click()
+            expect(page.locator("#usage thead")).to_contain_text("At fal, at 0.025 a megapixel")
+            expect(page.locator("#usage tbody tr td:last-child")).to_have_text(["0.20", "0.10", "0.30"])
+            expect(page.locator("#usage tbody tr").last).to_contain_text("All keys")
 
 
 def test_swagger_ui(browser: Browser, playing: Server) -> None:

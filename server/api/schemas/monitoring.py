@@ -48,6 +48,11 @@ class ServerStatus(TypedDict):
     endpoints: Annotated[
         list[dict[str, Any]], Field(description="The successful requests of the last hour by endpoint.")
     ]
+    times: Annotated[
+        list[dict[str, Any]],
+        Field(description="The generation times of the last day in seconds, by size and acceleration."),
+    ]
+    fal_price: Annotated[float, Field(description="The operator's setting of fal's price of a megapixel; 0 if unset.")]
     failures: Annotated[
         list[dict[str, Any]], Field(description="The last requests that failed with a status of 500 or more.")
     ]

@@ -149,6 +149,24 @@ def test_the_ways_of_each_plan(monkeypatch: pytest.MonkeyPatch, has_faster_atten
     assert acceleration.ways(engine_config(), "cuda", FP8) == compiled
 
 
+@pytest.mark.parametrize(
+    ("device", "is_eager", "plan", "reason"),
+    [
+        ("cpu", False, RESIDENT, "the device is a CPU"),
+        ("cuda", True, RESIDENT, "the server runs with --eager"),
+        ("cuda", False, GROUP_OFFLOAD, "weights in the memory plan group-offload cannot be compiled"),
+        ("cuda", False, RESIDENT, ""),
+    ],
+)
+def test_the_reason_why_nothing_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, device: str, is_eager: bool, plan: memory_plans.Plan, reason: str
+) -> None:
+    monkeypatch.setattr(acceleration, "has_faster_attention", lambda: False)
+    assert acceleration.uncompiled_reason(engine_config(is_eager=is_eager), device, plan) == reason
+    ways = acceleration.ways(engine_config(is_eager=is_eager), device, plan)
+    assert (ways == [acceleration.UNCOMPILED]) == bool(reason)
+
+
 @pytest.fixture
 def fp8_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Fake a GPU with fp8 and enough memory. Return a list that receives the quantized transformers."""

@@ -206,6 +206,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Gpu:
 def test_the_fastest_way_that_works_is_used(gpu: Gpu) -> None:
     engine = load_engine(config())
     assert gpu.tried == [FASTEST]
+    assert engine.info().way == FASTEST
     assert engine.info().acceleration == ("none",)
     assert engine.warm_up()
     assert engine.info().acceleration == ("none", "regular")
@@ -219,6 +220,7 @@ def test_a_way_that_fails_leads_to_the_next_and_info_has_the_cause(
     gpu.errors = dict.fromkeys([FASTEST, COMPILED][:num_broken], ValueError("CantSplit\nand more"))
     engine = load_engine(config())
     assert gpu.tried == [FASTEST, COMPILED, UNCOMPILED][: num_broken + 1]
+    assert engine.info().way.startswith(gpu.tried[-1])
     expected = [f"{way}: ValueError: CantSplit" for way in [FASTEST, COMPILED][:num_broken]]
     assert list(engine.info().unavailable)[:num_broken] == expected
     assert f"the weights do not run {FASTEST}" in caplog.text and "and more" in caplog.text
