@@ -88,7 +88,7 @@ class FluxEngine:
         self.decodes_concurrently = self.device.decode_stream is not None
 
     def info(self) -> EngineInfo:
-        """Return the device, its memory, the number type, the plan, the ready tiers, what failed, and the way to run."""
+        """Return the device, its memory, the number type, the plan, the ready tiers, what failed, and how it runs."""
         ready = tuple(tier.name for tier in self.tiers if tier.is_ready)
         dtype = devices.type_name(self.pipeline.transformer.dtype)
         memory, unavailable = self.device.memory(), tuple(self.unavailable)

@@ -16,31 +16,45 @@ export function fileField(name, property, frame, tools = []) {
   uploading.setAttribute("role", "status");
   const row = element("span", { className: "row" }, button("Choose file", () => picker.click()), picker, preview, uploading);
   const field = { ...frame(name, property, control, row), read: () => control.value || undefined };
-  let latest = Promise.resolve(true);
-  const change = (url) => {
+  field.change = (url) => {
     control.value = url;
     control.dispatchEvent(new Event("input", { bubbles: true }));
   };
   const showPreview = () => {
+    field.forgetUpload();
     preview.hidden = !isImage(control.value);
     if (!preview.hidden) preview.src = localUrl(control.value);
   };
   field.write = (value) => {
     control.value = value ?? "";
-    latest = Promise.resolve(true);
     showPreview();
   };
-  field.change = change;
-  field.upload = (file) => (latest = uploadFile(file));
-  // Resolves when no upload runs: to true, or to false if the last one failed.
+  addUpload(field, uploading);
+  field.drop = (transfer) => {
+    const { url, file } = dropped(transfer);
+    if (file) field.upload(file);
+    else if (url) field.change(url);
+  };
+  listen(field, control, picker);
+  control.addEventListener("input", showPreview);
+  row.append(...tools.map((tool) => tool(field)));
+  return field;
+}
+
+// Add upload(file), and settled(), which resolves when no upload runs: to true, or to false if the last one failed.
+function addUpload(field, uploading) {
+  let latest;
+  field.forgetUpload = () => (latest = Promise.resolve(true));
   field.settled = () => latest;
+  field.upload = (file) => (latest = uploadFile(file));
+  field.forgetUpload();
 
   async function uploadFile(file) {
     field.showProblem("");
-    change("");
+    field.change("");
     uploading.textContent = `Uploading ${file.name}…`;
     try {
-      change(await withKey(() => upload(file)));
+      field.change(await withKey(() => upload(file)));
       return true;
     } catch (error) {
       field.showProblem(error.message);
@@ -49,19 +63,6 @@ export function fileField(name, property, frame, tools = []) {
       uploading.textContent = "";
     }
   }
-
-  field.drop = (transfer) => {
-    const { url, file } = dropped(transfer);
-    if (file) field.upload(file);
-    else if (url) change(url);
-  };
-  listen(field, control, picker);
-  control.addEventListener("input", () => {
-    latest = Promise.resolve(true);
-    showPreview();
-  });
-  row.append(...tools.map((tool) => tool(field)));
-  return field;
 }
 
 function listen(field, control, picker) {

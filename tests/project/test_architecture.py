@@ -95,6 +95,14 @@ def test_files_are_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGER.get(name_of(path), MAX_FILE)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "server" / "static").glob("*.js")), ids=lambda path: path.name)
+def test_scripts_of_the_pages_are_short(path: Path) -> None:
+    """They also begin with a comment that says what is in them."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MAX_FILE
+    assert lines[0].startswith("// ")
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_functions_are_short(module: str) -> None:
     long = {

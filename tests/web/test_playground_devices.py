@@ -24,7 +24,7 @@ DARK = "rgb(20, 20, 25)"
 
 
 def test_playground_in_firefox(node: None, playing: Server) -> None:
-    """An image is generated and survives a reload, in the dark theme; the page fits the width of a phone."""
+    """The main path: generate, reload, open, vary, compare, and repaint; in the dark theme, and as wide as a phone."""
     command = ["node", "firefox.mjs", find_executable(NAMES), playing.url, "test/null", "seen in Firefox"]
     environment = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "TMPDIR", "LANG")}
     process = subprocess.run(command, cwd=JS, env=environment, capture_output=True, text=True, timeout=90)
@@ -32,6 +32,7 @@ def test_playground_in_firefox(node: None, playing: Server) -> None:
     report = json.loads(process.stdout.splitlines()[-1])
     assert (report["size"], report["kept"]) == ([1024, 768], "seen in Firefox")
     assert report["state"].startswith("Seed ")
+    assert "Endpointtest/null" in report["shown"] and "Seed" in report["compared"]
     assert (report["errors"], report["foreign"]) == ([], [])
     assert report["overflow"] <= 0
     assert report["ground"] == DARK

@@ -28,6 +28,29 @@ try {
   await page.reload();
   await page.waitForSelector("#runs figure img");
   const kept = await page.$eval("#runs .prompt", (node) => node.textContent);
+  // Open the image, make variations, compare two of them, and repaint a part with the keyboard.
+  await page.click("#runs a.open");
+  await page.waitForSelector("dialog.lightbox .stage img");
+  const shown = await page.$eval("dialog.lightbox .parameters", (list) => list.textContent);
+  await page.keyboard.press("v");
+  await page.waitForFunction(() => document.querySelectorAll("#runs figure img").length === 4);
+  await page.keyboard.press("c");
+  await page.waitForFunction(() => !document.querySelector("dialog.lightbox"));
+  await (await page.$$("#runs a.open"))[1].click();
+  await page.waitForSelector("dialog.lightbox .stage img");
+  await page.keyboard.press("c");
+  await page.waitForSelector("dialog.compare img");
+  const compared = await page.$eval("dialog.compare table", (table) => table.textContent);
+  await page.keyboard.press("Escape");
+  await page.waitForFunction(() => !document.querySelector("dialog[open]"));
+  await page.click("#runs a.open");
+  await page.waitForSelector("dialog.lightbox .stage img");
+  await page.keyboard.press("r");
+  await page.waitForSelector("dialog.mask canvas");
+  for (const key of ["Space", "ArrowRight", "ArrowDown", "Enter"]) await page.keyboard.press(key);
+  await page.waitForFunction(() => document.querySelector("#field-mask_url")?.value.includes("/files/"));
+  await page.click("#run");
+  await page.waitForFunction(() => document.querySelectorAll("#runs figure img").length === 5);
   const ground = await page.$eval("body", (body) => getComputedStyle(body).backgroundColor);
   // puppeteer sets the screen orientation together with the size, and Firefox ESR does not support that command.
   await page.setViewport({ width: 390, height: 844 }).catch((error) => {
@@ -35,7 +58,7 @@ try {
   });
   await page.evaluate(() => innerWidth === 390 || new Promise((resolve) => addEventListener("resize", resolve)));
   const overflow = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
-  console.log(JSON.stringify({ size, state, kept, errors, foreign, overflow, ground }));
+  console.log(JSON.stringify({ size, state, kept, shown, compared, errors, foreign, overflow, ground }));
 } finally {
   await browser.close();
 }
