@@ -246,9 +246,10 @@ function listField(name, property, item) {
   const addButton = element("button", { type: "button", textContent: "Add" });
   addButton.addEventListener("click", () => add());
   list.append(addButton);
-  const write = (values = []) => {
+  // A link may hold anything.
+  const write = (values) => {
     for (const row of rows.splice(0)) row.node.remove();
-    for (const value of values) add(value);
+    for (const value of Array.isArray(values) ? values : []) add(value ?? {});
   };
   const settledRows = async () => (await Promise.all(rows.map((row) => settled(row.fields)))).every(Boolean);
   return { ...frame(name, property, list), settled: settledRows, write, read: () => (rows.length ? rows.map((row) => read(row.fields)) : undefined) };

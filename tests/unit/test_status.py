@@ -72,6 +72,9 @@ def test_the_overview_over_http(tmp_path: Path) -> None:
             response = client.post("/test/null", json={"prompt": "x"}, headers={"authorization": f"Key {key}"})
             assert response.status_code == 200
         assert client.get("/status.json").status_code == 401
+        assert client.get("/playground/steps.json").status_code == 401
+        steps = client.get("/playground/steps.json", headers={"authorization": "Key one"}).json()["steps"]
+        assert [each["size"] for each in steps] == ["1024x768"]
         assert client.get("/status.json", headers={"authorization": "Key one"}).status_code == 403
         overview = client.get("/status.json", headers={"authorization": "Key boss"}).json()
         assert client.get("/status").headers["content-type"].startswith("text/html")

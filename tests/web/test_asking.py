@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -11,6 +12,9 @@ from tests.support.server_process import Gate, Server
 from tests.web.test_browser_client import browser as browser
 from tests.web.test_playground import choose, open_page, press, run
 from tests.web.test_playground import playing as playing
+
+#: A link whose values have the wrong types.
+ODD = "#test/lora?" + quote('{"loras": [null, 5], "image_size": 7, "seed": "x", "prompt": {"a": 1}, "num_images": []}')
 
 
 @pytest.fixture
@@ -154,7 +158,12 @@ def test_a_link_holds_the_settings(browser: Browser, playing: Server, page: Page
 
 @pytest.mark.parametrize(
     ("fragment", "problem"),
-    [("#no/such?%7B%7D", "This server has no endpoint no/such"), ("#test/null?%7Bbroken", ""), ("#test/null?[1]", "")],
+    [
+        ("#no/such?%7B%7D", "This server has no endpoint no/such"),
+        ("#test/null?%7Bbroken", ""),
+        ("#test/null?[1]", ""),
+        (ODD, ""),
+    ],
 )
 def test_a_bad_link_does_no_harm(browser: Browser, playing: Server, fragment: str, problem: str) -> None:
     for page in open_page(browser, f"{playing.url}/{fragment}"):

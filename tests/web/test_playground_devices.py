@@ -114,6 +114,16 @@ def test_dialogs_are_accessible(node: None, page: Page) -> None:
     assert fits(page)
 
 
+def test_reduced_motion_is_respected(browser: Browser, playing: Server) -> None:
+    """The buttons over an image fade in, except for users who asked for less motion."""
+    for motion, expected in (("no-preference", "0.15s"), ("reduce", "0s")):
+        for page in open_page(browser, playing.url, reduced_motion=motion):
+            choose(page, "test/null")
+            expect(run(page, "still").locator("figure img")).to_be_visible()
+            duration = "button => getComputedStyle(button).transitionDuration"
+            assert page.locator(".tools .icon").first.evaluate(duration) == expected
+
+
 def test_brush_is_accessible(node: None, page: Page) -> None:
     choose(page, "test/null")
     expect(run(page, "one image").locator("figure img")).to_be_visible()
