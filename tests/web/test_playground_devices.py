@@ -27,7 +27,7 @@ def test_playground_in_firefox(node: None, playing: Server) -> None:
     """The main path: generate, reload, open, vary, compare, and repaint; in the dark theme, and as wide as a phone."""
     command = ["node", "firefox.mjs", find_executable(NAMES), playing.url, "test/null", "seen in Firefox"]
     environment = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "TMPDIR", "LANG")}
-    process = subprocess.run(command, cwd=JS, env=environment, capture_output=True, text=True, timeout=90)
+    process = subprocess.run(command, cwd=JS, env=environment, capture_output=True, text=True, timeout=180)
     assert process.returncode == 0, process.stderr
     report = json.loads(process.stdout.splitlines()[-1])
     assert (report["size"], report["kept"]) == ([1024, 768], "seen in Firefox")

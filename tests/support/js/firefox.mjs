@@ -16,6 +16,10 @@ try {
     const requested = new URL(request.url());
     if (requested.protocol.startsWith("http") && requested.origin !== new URL(url).origin) foreign.push(requested.href);
   });
+  // page.waitForFunction evaluates text, which the page's content security policy forbids.
+  const until = async (condition) => {
+    while (!(await page.evaluate(condition))) await new Promise((resolve) => setTimeout(resolve, 50));
+  };
   await page.goto(url);
   await page.waitForSelector("body[data-ready]");
   await page.select("#endpoint", endpoint);
@@ -33,24 +37,24 @@ try {
   await page.waitForSelector("dialog.lightbox .stage img");
   const shown = await page.$eval("dialog.lightbox .parameters", (list) => list.textContent);
   await page.keyboard.press("v");
-  await page.waitForFunction(() => document.querySelectorAll("#runs figure img").length === 4);
+  await until(() => document.querySelectorAll("#runs figure img").length === 4);
   await page.keyboard.press("c");
-  await page.waitForFunction(() => !document.querySelector("dialog.lightbox"));
+  await until(() => !document.querySelector("dialog.lightbox"));
   await (await page.$$("#runs a.open"))[1].click();
   await page.waitForSelector("dialog.lightbox .stage img");
   await page.keyboard.press("c");
   await page.waitForSelector("dialog.compare img");
   const compared = await page.$eval("dialog.compare table", (table) => table.textContent);
   await page.keyboard.press("Escape");
-  await page.waitForFunction(() => !document.querySelector("dialog[open]"));
+  await until(() => !document.querySelector("dialog[open]"));
   await page.click("#runs a.open");
   await page.waitForSelector("dialog.lightbox .stage img");
   await page.keyboard.press("r");
   await page.waitForSelector("dialog.mask canvas");
-  for (const key of ["Space", "ArrowRight", "ArrowDown", "Enter"]) await page.keyboard.press(key);
-  await page.waitForFunction(() => document.querySelector("#field-mask_url")?.value.includes("/files/"));
+  for (const key of [" ", "ArrowRight", "ArrowDown", "Enter"]) await page.keyboard.press(key);
+  await until(() => document.querySelector("#field-mask_url")?.value.includes("/files/"));
   await page.click("#run");
-  await page.waitForFunction(() => document.querySelectorAll("#runs figure img").length === 5);
+  await until(() => document.querySelectorAll("#runs figure img").length === 5);
   const ground = await page.$eval("body", (body) => getComputedStyle(body).backgroundColor);
   // puppeteer sets the screen orientation together with the size, and Firefox ESR does not support that command.
   await page.setViewport({ width: 390, height: 844 }).catch((error) => {
