@@ -202,7 +202,7 @@ function sizeField(name, property) {
     return button;
   });
   const choose = (value, isUserInput = false) => {
-    size = value ?? property.default;
+    size = PRESETS[value] || value?.width ? value : property.default;
     const [w, h] = PRESETS[size] ?? [size?.width ?? "", size?.height ?? ""];
     [width.value, height.value] = [w, h];
     for (const button of buttons) button.setAttribute("aria-pressed", String(button.dataset.preset === size));
