@@ -38,11 +38,13 @@ class Tier:
 
     Attributes:
         name: the value of `acceleration` in requests.
-        transformer: a FluxTransformer2DModel, possibly compiled; None for tasks with LoRAs or control nets, which use
-            the clone of `LoraManager` or the pipeline's own.
+        transformer: a FluxTransformer2DModel, possibly compiled; None for the pipeline's, uncompiled.
         shares_forwards: whether several images may share one forward.
         skips_blocks: whether a first-block cache is used.
         is_ready: whether requests can use the tier without waiting for compilation.
+        compiles_loras: whether the layers of LoRAs are still to be compiled.
+        lora_transformer: the compiled transformer for tasks with LoRAs, which shares the weights; None if there is none
+            yet, or nothing is compiled.
     """
 
     name: str
@@ -50,22 +52,33 @@ class Tier:
     shares_forwards: bool = False
     skips_blocks: bool = False
     is_ready: bool = True
+    compiles_loras: bool = False
+    lora_transformer: Any = None
 
     def warm_up(self, device: str, dtype: torch.dtype, num_text_tokens: int) -> None:
         """Run once each kind of forward that requests need, so that no request waits for compilation."""
+        self.run_all_kinds(self.transformer, device, dtype, num_text_tokens)
+        self.is_ready = True
+
+    def run_all_kinds(self, transformer: Any, device: str, dtype: torch.dtype, num_text_tokens: int) -> None:
+        """Run once each kind of forward that requests need, with this transformer."""
         for batch in (1, 2) if self.shares_forwards else (1,):
             for num_tokens in _WARM_TOKENS:
                 sizes = (batch, num_tokens, num_text_tokens)
                 with torch.no_grad():
-                    self.transformer(**random_inputs(self.transformer.config, sizes, device, dtype))
-        self.is_ready = True
+                    transformer(**random_inputs(transformer.config, sizes, device, dtype))
 
 
 _UNCOMPILED = (Tier("none", None), Tier("regular", None, shares_forwards=True))
 
 
+def tiers_for_loras(offered: Sequence[Tier]) -> list[Tier]:
+    """Return the tiers for tasks with LoRAs: those that are ready for them, else the uncompiled ones."""
+    return [tier for tier in offered if tier.lora_transformer is not None] or uncompiled_tiers(offered)
+
+
 def uncompiled_tiers(offered: Sequence[Tier]) -> list[Tier]:
-    """Return the uncompiled tiers, for tasks with LoRAs or control nets: "none" and "regular", if they are offered."""
+    """Return the uncompiled tiers, for tasks with control nets too: "none" and "regular", if they are offered."""
     names = {tier.name for tier in offered}
     return [tier for tier in _UNCOMPILED if tier.name in names]
 
@@ -109,7 +122,7 @@ def _compiled(transformer: Any, config: EngineConfig, plan: Plan, way: str, unav
     placed = clone_sharing_weights(transformer)
     if way == FASTEST:
         choose_attention(placed)
-    tiers = [Tier("none", compile_blocks(placed), is_ready=False)]
+    tiers = [Tier("none", compile_blocks(placed), is_ready=False, compiles_loras=True)]
     if config.max_acceleration == "none":
         return tiers
     if plan.quantize != "none":
@@ -134,8 +147,8 @@ def _compiled(transformer: Any, config: EngineConfig, plan: Plan, way: str, unav
 def _fast(quantized: Any) -> list[Tier]:
     """Return the tiers above "none", which run a quantized transformer."""
     return [
-        Tier("regular", quantized, shares_forwards=True, is_ready=False),
-        Tier("high", quantized, skips_blocks=True, is_ready=False),
+        Tier("regular", quantized, shares_forwards=True, is_ready=False, compiles_loras=True),
+        Tier("high", quantized, skips_blocks=True, is_ready=False, compiles_loras=True),
     ]
 
 

@@ -18,6 +18,9 @@ from models.loading.memory_plans import RESERVE
 
 log = logging.getLogger(__name__)
 
+#: The most graphs of a kind of block. One more would be an error.
+MAX_GRAPHS = 32
+
 
 def clone_sharing_weights(module: Any) -> Any:
     """Clone a module without copying its weights. Compiling or quantizing the clone does not change the original."""
@@ -27,6 +30,8 @@ def clone_sharing_weights(module: Any) -> Any:
 
 def compile_blocks(transformer: Any) -> Any:
     """Compile each kind of block once, for images of any size. The compiler runs during the first forwards."""
+    # A block has graphs for one image and several, with LoRAs and without, in each form of its weights.
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS
     transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
     return transformer
 

@@ -1,8 +1,6 @@
 """The FLUX engine, in which tasks share one device and advance step by step."""
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,21 +12,20 @@ from PIL.Image import Image
 from models.base import (
     NO_INPUTS,
     EngineInfo,
-    GenerationFailed,
     GenerationTask,
 )
-from models.flux import acceleration, batch, control, fill, input_images, real_cfg
+from models.flux import acceleration, batch, control, fill, input_images, real_cfg, warm_up
 from models.flux.acceleration import Tier
 from models.flux.attempts import Attempts
 from models.flux.batch import BatchItem
 from models.flux.control import DepthEstimator
-from models.flux.decoder import COMPILED_DECODER, Decoder
-from models.flux.device import Device, summary
+from models.flux.decoder import Decoder
+from models.flux.device import Device
 from models.flux.first_block_cache import FirstBlockCache
 from models.flux.image_adapters import ImageAdapters
-from models.flux.loras import LoraManager, adapters_of
+from models.flux.loras import CACHE_BYTES, SMALL_CACHE_BYTES, LoraManager, adapters_of
 from models.flux.preview import Preview
-from models.flux.prompt_cache import PromptCache, count_text_tokens
+from models.flux.prompt_cache import PromptCache, PromptEmbeds, count_text_tokens
 from models.flux.real_cfg import RealCfg
 from models.flux.redux import Redux
 from models.flux.safety_checker import Checker
@@ -38,8 +35,6 @@ from models.flux.task import FluxTask
 from models.flux.work import step_work, work_of_control_nets
 from models.loading import conditioning, devices
 from models.loading.memory_plans import PLANS, Plan
-
-log = logging.getLogger(__name__)
 
 
 class FluxEngine:
@@ -67,7 +62,7 @@ class FluxEngine:
         self.prompts = PromptCache(device)
         self.sharing = sharing or Sharing(self.device.now)
         self.plan = plan
-        self.loras = LoraManager(pipeline) if plan.is_resident else None
+        self.loras = LoraManager(pipeline, device, CACHE_BYTES if plan.is_resident else SMALL_CACHE_BYTES)
         self.image_adapters = ImageAdapters(pipeline, clip_vision)
         self.redux = redux
         self.depth_estimator = depth_estimator
@@ -95,51 +90,12 @@ class FluxEngine:
         return EngineInfo(self.device.description, dtype, self.plan.name, ready, *memory, unavailable, self.way)
 
     def warm_up(self) -> bool:
-        """Make the next tier ready, then the compiled decoder; return False if all are ready.
+        """Make the next tier ready, then the compiled decoder, then LoRAs; return False if all are ready.
 
         Raises the error of what fails. It is not tried again, and requests do without it. If a second thread calls
         this, steps of other tiers continue meanwhile.
         """
-        tier = next((tier for tier in self.tiers if not tier.is_ready), None)
-        if tier:
-            self._warm_up_tier(tier)
-        elif self.decoder.is_cold:
-            self._warm_up_decoder()
-        else:
-            return False
-        return True
-
-    def _warm_up_tier(self, tier: Tier) -> None:
-        # The ways to run the tier "none" are separate attempts, which the loader makes.
-        attempt = self.attempts.attempt(tier.name) if tier.name != "none" else nullcontext()
-        try:
-            with attempt, self._compiling(tier.name):
-                tier.warm_up(self.device.name, self.pipeline.transformer.dtype, self.num_text_tokens)
-        except Exception as error:
-            self.tiers.remove(tier)
-            if tier.name != "none":
-                self.unavailable.append(f"acceleration {tier.name}: {summary(error)}")
-            raise
-        log.info("acceleration %s is ready", tier.name)
-
-    def _warm_up_decoder(self) -> None:
-        try:
-            with self.attempts.attempt(COMPILED_DECODER), self._compiling(COMPILED_DECODER):
-                self.decoder.warm_up()
-        except Exception as error:
-            self.unavailable.append(f"{COMPILED_DECODER}: {summary(error)}")
-            raise
-        log.info("the %s is ready", COMPILED_DECODER)
-
-    @contextmanager
-    def _compiling(self, name: str) -> Iterator[None]:
-        with (
-            self.device.classify_errors(name),
-            self.device.on_decode_stream(),
-            # Another engine may have stopped compiling in this process.
-            torch.compiler.set_stance("default"),
-        ):
-            yield
+        return warm_up.warm_up_next(self)
 
     def close(self) -> None:
         """Release the device's memory."""
@@ -169,10 +125,9 @@ class FluxEngine:
             control_loras=self.control_loras,
         )
         loras = adapters_of(request, inputs, images.control_lora, self.control_loras)
-        if loras and self.loras is None:
-            raise GenerationFailed("LoRA weights do not work with this server's memory plan; use --memory resident.")
         adapter_images = self.image_adapters.images_of(request, inputs, self.plan)
-        offered = acceleration.uncompiled_tiers(self.tiers) if loras or adapter_images else self.tiers
+        choose = acceleration.tiers_for_loras if loras and not adapter_images else acceleration.uncompiled_tiers
+        offered = choose(self.tiers) if loras or adapter_images else self.tiers
         tier = acceleration.best_ready(offered, getattr(request, "acceleration", "none"))
         sides = input_images.requested_size(request, images, self.multiple)
         width, height = (max(self.multiple, side // self.multiple * self.multiple) for side in sides)
@@ -247,15 +202,18 @@ class FluxEngine:
         first = members[0][1]
         size = (task.tier.name, bool(task.loras), first.num_tokens, first.real_cfg is not None)
         members = members[: self.sharing.number(size, len(members))]
-        transformer = task.tier.transformer or self._pipeline_of(task).transformer
-        attached = self.image_adapters.attached(transformer, task.adapter_images)
-        with attached, self.sharing.timed(size, len(members)):
+        compiled = task.tier.lora_transformer if task.loras else task.tier.transformer
+        transformer = compiled or self.pipeline.transformer
+        with (
+            self.loras.in_transformer(task.loras, transformer),
+            self.image_adapters.attached(transformer, task.adapter_images),
+            self.sharing.timed(size, len(members)),
+        ):
             return members, batch.predict_velocities(transformer, [sample for _, sample in members])
 
     def _step_alone(self, task: FluxTask) -> tuple[list[BatchItem], Sequence[torch.Tensor]]:
         """Run the forward of one sample alone, after unloading the LoRAs and other adapters that it does not use."""
-        if self.loras:
-            self.loras.unload_idle(task.loras)
+        self.loras.unload_idle(task.loras)
         self.image_adapters.unload_idle(task.adapter_images)
         return self._step(task, (), limit=1)
 
@@ -271,7 +229,7 @@ class FluxEngine:
         if task.inputs.prompt and self.redux:
             text = self.redux.encode(task.inputs.prompt)
         else:
-            text = self.prompts.encode(task.request.prompt, self._pipeline_of(task), task.loras)
+            text = self._encode(task.request.prompt, task)
         if task.inputs.after_prompt and self.redux:
             text = self.redux.append(text, task.inputs.after_prompt)
         size = (task.width, task.height)
@@ -283,15 +241,15 @@ class FluxEngine:
         sample = begin(self.pipeline, self.device.name, text, task.request, size, seed, task.inputs, images)
         sample.image_prompts = self.image_adapters.ip_adapters.prompts(task.adapter_images.prompts)
         if real_cfg.is_used(task.request):
-            negative = self.prompts.encode(task.request.negative_prompt, self._pipeline_of(task), task.loras)
-            sample.real_cfg = RealCfg(negative, task.request.real_cfg_scale)
+            sample.real_cfg = RealCfg(self._encode(task.request.negative_prompt, task), task.request.real_cfg_scale)
         # With real guidance, the two forwards of a step would overwrite each other's first blocks.
         sample.cache = FirstBlockCache() if task.tier.skips_blocks and not sample.real_cfg else None
         return sample
 
-    def _pipeline_of(self, task: FluxTask) -> Any:
-        """Return the pipeline with the task's LoRAs active, or the plain one for a task without LoRAs."""
-        return self.loras.activate(task.loras) if self.loras and task.loras else self.pipeline
+    def _encode(self, prompt: str, task: FluxTask) -> PromptEmbeds:
+        with self.loras.in_text_encoder(task.loras):
+            text: PromptEmbeds = self.prompts.encode(prompt, self.pipeline, task.loras)
+        return text
 
     def _check_safety(self, images: Sequence[Image]) -> Sequence[bool]:
         with self.device.on_decode_stream():

@@ -18,7 +18,7 @@ from models.flux.decoder import COMPILED_DECODER
 from models.flux.device import Device, log_dtype, summary
 from models.flux.engine import FluxEngine
 from models.flux.redux import Redux
-from models.loading import conditioning, devices, memory_plans, specs
+from models.loading import devices, memory_plans, specs
 from models.loading.pipeline import load_pipeline, quantization_of
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def _assemble(
     """Build an engine on a loaded pipeline. Raises torch.OutOfMemoryError, DeviceLost and memory_plans.PlanFailed."""
     prior = specs.find_extra_weights(config.weights, specs.REDUX) if config.weights else None
     redux = Redux.load(prior, pipeline.transformer, device) if prior else None
-    estimator = _depth_estimator(config, device, pipeline, plan)
+    estimator = _depth_estimator(config, device, pipeline)
     checker = safety_checker.load(config)
     log_dtype(config, pipeline.transformer, device)
     attempts = Attempts(_attempts_directory(config, device))
@@ -132,14 +132,9 @@ def _assemble(
     return engine
 
 
-def _depth_estimator(
-    config: EngineConfig, device: str, pipeline: Any, plan: memory_plans.Plan
-) -> DepthEstimator | None:
-    """Load the weights that find depths, if an endpoint needs them and can run with this memory plan."""
+def _depth_estimator(config: EngineConfig, device: str, pipeline: Any) -> DepthEstimator | None:
+    """Load the weights that find depths, if an endpoint needs them."""
     if config.weights is None or specs.DEPTH not in config.extra_weights:
-        return None
-    # Plain weights need depths for a control LoRA only.
-    if conditioning.kind_of(pipeline) == "plain" and not plan.is_resident:
         return None
     directory = specs.find_extra_weights(config.weights, specs.DEPTH)
     return DepthEstimator.load(directory, device, pipeline.transformer.dtype) if directory else None

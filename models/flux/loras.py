@@ -1,30 +1,32 @@
-"""LoRA weights, loaded into clones of the pipeline. The clones share the base weights, which never change."""
+"""The LoRA weights on the device, and the forwards that use them."""
 
 import logging
-import warnings
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline
-from diffusers.utils.peft_utils import delete_adapter_layers
 from safetensors.torch import load_file
 
 from models.base import GenerationFailed, IncompatibleInput
-from models.flux import lora_check
-from models.flux.compilation import clone_sharing_weights
+from models.flux import lora_weights
 from models.flux.input_images import OWN
+from models.flux.lora_layers import Pair, installed, widened_linear, with_compiled_loras, with_loras, with_weight
+from models.flux.lora_weights import WIDENED, LoraWeights
 
 log = logging.getLogger(__name__)
 
-#: The most clones for control LoRAs of requests. Each takes some 10 MB of host memory, calculated.
-MAX_CLONES = 4
 #: The maximum bytes of LoRAs kept on the device; the least recently used are unloaded first. A LoRA of rank 16 takes
 #: some 40 MB for FLUX.1. The LoRAs of a single task may exceed the limit while the task runs.
 CACHE_BYTES = 2_000_000_000
+#: The same with plans for smaller GPUs.
+SMALL_CACHE_BYTES = 500_000_000
+
+#: The name of a LoRA, and whether it is a control LoRA.
+Key = tuple[str, bool]
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,13 @@ class LoraAdapter:
 
     @property
     def name(self) -> str:
-        """The adapter's name in peft, without dots, which the names of modules cannot contain."""
-        return self.control_name or self.path.stem.replace(".", "_")
+        """The name of the file, or of the server's control LoRA."""
+        return self.control_name or self.path.stem
+
+    @property
+    def key(self) -> tuple[str, bool]:
+        """What tells the LoRA from others, whatever its scale: a file is read in another way as a control LoRA."""
+        return self.name, self.is_control
 
     @property
     def num_bytes(self) -> int:
@@ -74,154 +81,127 @@ def adapters_of(
     return tuple(loras)
 
 
-@dataclass
-class _Clone:
-    """A clone of the pipeline, with the LoRAs that are active in it."""
-
-    pipeline: Any
-    active: tuple[LoraAdapter, ...] = ()
-
-
 class LoraManager:
-    """The LoRAs on the device, activated for the tasks that use them. Only one thread may use the manager.
+    """The LoRAs on the device, put into a model for each forward of a task that uses them.
 
-    There is one clone of the pipeline for each control LoRA, because such a LoRA replaces some of the base weights, and
-    one for all tasks without.
+    Only one thread may use the manager. The base weights never change.
     """
 
-    def __init__(self, pipeline: Any, kept_bytes: int = CACHE_BYTES) -> None:
-        self._base = pipeline
+    def __init__(self, pipeline: Any, device: str = "cpu", kept_bytes: int = CACHE_BYTES) -> None:
+        self._pipeline = pipeline
+        self._like = torch.empty(0, dtype=pipeline.transformer.dtype, device=device)
         self._kept_bytes = kept_bytes
-        #: By the name of the control LoRA; "" for none.
-        self._clones: dict[str, _Clone] = {}
-        #: The bytes of each LoRA, by the name of its clone and its own name.
-        self._loaded: OrderedDict[tuple[str, str], int] = OrderedDict()
+        #: Each LoRA with its bytes, least recently used first.
+        self._loaded: OrderedDict[Key, tuple[LoraWeights, int]] = OrderedDict()
+        #: The layers that were last put into a model, with the LoRAs and the model that they are for.
+        self._last: tuple[tuple[LoraAdapter, ...], Any, dict[str, Any]] = ((), None, {})
 
     @property
     def names(self) -> list[str]:
         """The names of the LoRAs on the device, least recently used first."""
-        return [name for _, name in self._loaded]
+        return [name for name, _ in self._loaded]
 
-    def activate(self, loras: tuple[LoraAdapter, ...]) -> Any:
-        """Load missing LoRAs; return a pipeline with exactly `loras` active. Only the first may be a control LoRA.
+    @contextmanager
+    def in_transformer(self, loras: tuple[LoraAdapter, ...], transformer: Any) -> Iterator[None]:
+        """Put LoRAs into a transformer while the block runs, after loading those that are missing.
 
-        Raises IncompatibleInput, and GenerationFailed for a LoRA of the server's.
+        Only the first may be a control LoRA. The transformer is the pipeline's, or a compiled clone. Raises
+        IncompatibleInput, and GenerationFailed for a LoRA of the server's.
         """
-        key = _clone_of(loras)
-        if key not in self._clones:
-            if loras and loras[0].loc:
-                self._make_room_for_a_clone()
-            self._clones[key] = self._build(is_control=bool(key))
-        clone = self._clones[key]
-        if loras != clone.active:
-            for lora in loras:
-                if (key, lora.name) in self._loaded:
-                    self._loaded.move_to_end((key, lora.name))
-                else:
-                    self._load(lora, key, _keys(loras))
-            scales = _scales(loras)
-            clone.pipeline.set_adapters(list(scales), list(scales.values()))
-            clone.active = loras
-        return clone.pipeline
+        self._load_missing(loras)
+        if loras and self._last[:2] != (loras, transformer):
+            # Free the layers first: those of a compiled clone may take as much memory as the LoRAs.
+            self._last = ((), None, {})
+            self._last = (loras, transformer, self._layers(loras, transformer))
+        with installed(transformer, self._last[2] if loras else {}):
+            yield
+
+    @contextmanager
+    def in_text_encoder(self, loras: tuple[LoraAdapter, ...]) -> Iterator[None]:
+        """Put LoRAs into the text encoder while the block runs, as `in_transformer` does."""
+        self._load_missing(loras)
+        encoder = self._pipeline.text_encoder
+        with installed(encoder, with_loras(encoder, self._pairs(loras, "text_encoder"))):
+            yield
 
     def unload_idle(self, loras: tuple[LoraAdapter, ...]) -> None:
         """Unload all LoRAs but these, to free memory."""
-        for key, name in [each for each in self._loaded if each not in _keys(loras)]:
-            self._unload(key, name)
+        self._last = ((), None, {})
+        for key in set(self._loaded) - {lora.key for lora in loras}:
+            del self._loaded[key]
 
-    def _make_room_for_a_clone(self) -> None:
-        """Leave fewer clones for the control LoRAs of requests than the maximum, which the new one fills."""
-        of_requests = [name for (key, name), size in self._loaded.items() if key == name and size]
-        for name in of_requests[: max(0, len(of_requests) + 1 - MAX_CLONES)]:
-            self._unload(name, name)
+    @contextmanager
+    def zeros(self, transformer: Any, rank: int) -> Iterator[None]:
+        """Put a LoRA that changes nothing into every layer of a compiled transformer while the block runs."""
+        with installed(transformer, with_compiled_loras(transformer, {}, self._like, rank)):
+            yield
 
-    def _build(self, *, is_control: bool) -> _Clone:
-        parts = dict(self._base.components)
-        for name in ("transformer", "text_encoder"):
-            parts[name] = clone_sharing_weights(parts[name])
-        if is_control:
-            for name, module in parts["transformer"].named_modules():
-                if name.rpartition(".")[2] in (*lora_check.NORMS, lora_check.WIDENED):
-                    for key, weight in module.named_parameters(recurse=False):
-                        setattr(module, key, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
-        pipeline = FluxPipeline(**parts)
-        pipeline.set_progress_bar_config(disable=True)
-        return _Clone(pipeline)
+    def _layers(self, loras: tuple[LoraAdapter, ...], transformer: Any) -> dict[str, Any]:
+        """Return the layers that put LoRAs into a transformer, by name."""
+        pairs = self._pairs(loras, "transformer")
+        replaced: dict[str, Any] = {}
+        if loras[0].is_control:
+            control, _ = self._loaded[loras[0].key]
+            replaced = {
+                name: with_weight(transformer.get_submodule(name), weight) for name, weight in control.norms.items()
+            }
+            num_inputs = control.pairs["transformer"][WIDENED].down.shape[1]
+            replaced[WIDENED] = widened_linear(transformer.x_embedder, num_inputs, self._like)
+            pairs[WIDENED] = [pair.widened(num_inputs) for pair in pairs[WIDENED]]
+        with installed(transformer, replaced):
+            is_compiled = transformer is not self._pipeline.transformer
+            if is_compiled:
+                return {**replaced, **with_compiled_loras(transformer, pairs, self._like)}
+            return {**replaced, **with_loras(transformer, pairs)}
 
-    def _load(self, lora: LoraAdapter, key: str, wanted: Collection[tuple[str, str]]) -> None:
-        clone = self._clones[key]
+    def _pairs(self, loras: tuple[LoraAdapter, ...], model: str) -> dict[str, list[Pair]]:
+        """Return the scaled matrices of each layer of a model, in the order of the LoRAs."""
+        pairs: dict[str, list[Pair]] = {}
+        for key, scale in _scales(loras).items():
+            for layer, pair in self._loaded[key][0].pairs[model].items():
+                pairs.setdefault(layer, []).append(pair.scaled(scale))
+        return pairs
+
+    def _load_missing(self, loras: tuple[LoraAdapter, ...]) -> None:
+        for lora in loras:
+            if lora.key in self._loaded:
+                self._loaded.move_to_end(lora.key)
+            else:
+                self._load(lora, {each.key for each in loras})
+
+    def _load(self, lora: LoraAdapter, wanted: Collection[Key]) -> None:
         try:
             # The memory plan has room for the server's own LoRAs.
             num_bytes = lora.num_bytes if lora.loc else 0
             self._make_room(wanted, num_bytes)
-            # Load only the tensors: with the header's metadata, the file could change how peft sets up its layers.
+            # Load only the tensors, without the header's metadata, with which the file could choose how it is read.
             tensors = load_file(lora.path)
-            lora_check.check(clone.pipeline, tensors, is_control=lora.is_control)
-            with warnings.catch_warnings():
-                # peft warns of a second adapter, but several adapters are intended here.
-                warnings.filterwarnings("ignore", "Already found a `peft_config`")
-                clone.pipeline.load_lora_weights(tensors, adapter_name=lora.name)
-            # diffusers skips layers that the model does not have, without an error even if it skips all.
-            if lora.name not in _known(clone):
-                raise ValueError("none of their layers is in this model; use a LoRA that was trained on this model")
-        except BaseException as error:
-            # A partly loaded adapter would change the next image.
-            self._unload(key, lora.name)
+            weights = lora_weights.read(self._pipeline, tensors, self._like, is_control=lora.is_control)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
             # Errors of the device are not the file's fault; `Device.classify_errors` translates them.
-            if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or not isinstance(error, Exception):
-                raise
+            raise
+        except Exception as error:
             if lora.loc is None:
                 log.exception("the control LoRA %s cannot be loaded", lora.path)
                 raise GenerationFailed(
                     f"The server's control LoRA for {lora.name} cannot be loaded; its log says why."
                 ) from error
             raise IncompatibleInput(lora.loc, f"These LoRA weights do not fit this model: {_brief(error)}") from error
-        self._loaded[key, lora.name] = num_bytes
+        self._loaded[lora.key] = (weights, num_bytes)
 
-    def _make_room(self, wanted: Collection[tuple[str, str]], num_bytes: int) -> None:
-        for key, name in [each for each, size in self._loaded.items() if size and each not in wanted]:
-            if sum(self._loaded.values()) + num_bytes <= self._kept_bytes:
+    def _make_room(self, wanted: Collection[Key], num_bytes: int) -> None:
+        for key, (_, size) in list(self._loaded.items()):
+            if sum(size for _, size in self._loaded.values()) + num_bytes <= self._kept_bytes:
                 return
-            self._unload(key, name)
-
-    def _unload(self, key: str, name: str) -> None:
-        if key not in self._clones:
-            # The clone went with its control LoRA.
-            return
-        if name == key:
-            # The base weights that the control LoRA has replaced go with it.
-            del self._clones[key]
-            self._loaded = OrderedDict((each, size) for each, size in self._loaded.items() if each[0] != key)
-            return
-        self._loaded.pop((key, name), None)
-        clone = self._clones[key]
-        with warnings.catch_warnings():
-            # peft warns of deleting an active adapter, but `activate` sets the active adapters again.
-            warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")
-            # After a failed load, layers can have an adapter of which the pipeline does not know.
-            for component in (clone.pipeline.transformer, clone.pipeline.text_encoder):
-                delete_adapter_layers(component, name)
-        clone.active = ()
+            if size and key not in wanted:
+                del self._loaded[key]
 
 
-def _clone_of(loras: Sequence[LoraAdapter]) -> str:
-    return loras[0].name if loras and loras[0].is_control else ""
-
-
-def _keys(loras: Sequence[LoraAdapter]) -> set[tuple[str, str]]:
-    return {(_clone_of(loras), lora.name) for lora in loras}
-
-
-def _known(clone: _Clone) -> set[str]:
-    """Return the names of all adapters in any component of the pipeline."""
-    return {each for names in clone.pipeline.get_list_adapters().values() for each in names}
-
-
-def _scales(loras: Sequence[LoraAdapter]) -> dict[str, float]:
-    """Return the scale of each LoRA by name. The scales of a LoRA that is listed twice add up."""
-    scales: dict[str, float] = {}
+def _scales(loras: Sequence[LoraAdapter]) -> dict[Key, float]:
+    """Return the scale of each LoRA. The scales of a LoRA that is listed twice add up."""
+    scales: dict[Key, float] = {}
     for lora in loras:
-        scales[lora.name] = scales.get(lora.name, 0.0) + lora.scale
+        scales[lora.key] = scales.get(lora.key, 0.0) + lora.scale
     return scales
 
 

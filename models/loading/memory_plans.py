@@ -106,8 +106,6 @@ class Plan:
 
 def _always(sizes: Mapping[str, int], reserve: float = RESERVE) -> float:
     """Return the bytes that every plan needs: those of the small components, and the reserve."""
-    # Only the plan "resident" loads LoRAs.
-    sizes = {name: size for name, size in sizes.items() if not name.endswith("-lora")}
     return sum(size for name, size in sizes.items() if name not in _TWO_BLOCKS) + reserve * sum(sizes.values())
 
 

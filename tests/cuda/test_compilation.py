@@ -16,8 +16,9 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 from models.benchmark import random_weights
 from models.benchmark.random_weights import SHAPES
-from models.flux import compilation, decoder
+from models.flux import compilation, decoder, warm_up
 from models.flux.acceleration import Tier, random_inputs
+from models.flux.lora_layers import installed, with_compiled_loras
 from models.image_size import PRESETS
 from models.loading import fp8, quantization
 from tests.cuda.fake_gpu import A100, H100, RTX_4090, RTX_5090, Compiled, Model, fake_gpu
@@ -156,6 +157,29 @@ def test_weights_in_8_and_4_bits(model: Model, kind: str) -> None:
         report(compiled, f"{model.name}, none with the plan {kind}")
         serve_all_sizes(tier)
         check(compiled, model, num_graphs=4)
+
+
+@pytest.mark.parametrize("form", ["bf16", "fp8", "int8", "int4"])
+def test_loras_of_any_rank(form: str) -> None:
+    """One more graph serves all ranks. In fp8, query, key and value are joined, and so are their LoRAs."""
+    with fake_gpu(RTX_4090) as compiled:
+        if form in quantization.BYTES:
+            base = transformer()
+            with recorded():
+                quantization.quantize(base, form, "cuda")
+        else:
+            base = quantized_clone("fp8") if form == "fp8" else transformer()
+        clone = compilation.compile_blocks(compilation.clone_sharing_weights(base))
+        tier, like = Tier("none", clone), torch.empty(0, dtype=torch.bfloat16, device="cuda")
+        for rank in warm_up.RANKS:
+            with installed(clone, with_compiled_loras(clone, {}, like, rank)):
+                tier.run_all_kinds(clone, "cuda", torch.bfloat16, TEXT_TOKENS)
+        num_graphs = compiled.num_graphs
+        for rank in (1, 16, 64, 128, 400):
+            with installed(clone, with_compiled_loras(clone, {}, like, rank)):
+                serve_all_sizes(tier)
+        print(f"{RTX_4090.name}, none with LoRAs, {form}: {num_graphs} graphs for all ranks and sizes")
+        assert compiled.num_graphs == num_graphs and not counters["graph_break"]
 
 
 def decode(vae: Any, width: int = 1024, height: int = 1024) -> None:
