@@ -346,6 +346,25 @@ def test_tasks_that_share_a_forward_load_each_block_once() -> None:
     assert uploads[0] == uploads[1] > len(pipeline.transformer.single_transformer_blocks)
 
 
+def test_blocks_that_are_offloaded_take_loras(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The matrices of LoRAs stay on the GPU, while the blocks come and go on a stream."""
+    with fake_gpu(H100), recorded():
+        pipeline = GROUP_OFFLOAD.apply(random_weights.build("tiny", "cpu", torch.bfloat16), "cuda")
+        monkeypatch.setattr("models.flux.loras.load_file", lambda _: lora_weights(pipeline.transformer))
+        tiers = [Tier("none", pipeline.transformer)]
+        engine = FluxEngine(pipeline, Unavailable("not used"), tiers, "cuda", plan=GROUP_OFFLOAD)
+        plain = engine.start(request(), 1)
+        task = engine.start(request(loras=[SimpleNamespace(scale=1.0)]), 1, {"loras.0.path": files.lora})
+        for _ in range(NUM_STEPS):
+            engine.advance(task)
+            engine.advance(plain)
+        (weights,) = (weights for weights, _ in engine.loras._loaded.values())
+        devices = {
+            matrix.device.type for pair in weights.pairs["transformer"].values() for matrix in (pair.down, pair.up)
+        }
+        assert devices == {"cuda"}
+
+
 @pytest.mark.parametrize("has_room", [True, False], ids=["room", "no room"])
 def test_offloaded_weights_are_pinned_once_where_the_host_has_room(
     has_room: bool, monkeypatch: pytest.MonkeyPatch
