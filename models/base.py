@@ -107,6 +107,7 @@ class EngineInfo:
         dtype: the number type of the computation, by PyTorch's name.
         memory: the name of the memory plan.
         acceleration: the tiers that requests can use now.
+        form: the form of the transformer's weights in their files, such as "safetensors" or "GGUF Q4_0".
         unavailable: the tiers, and the ways to run them, that do not work on this device, each with the reason.
         used_bytes: the device memory in use by all processes; None on a CPU.
         total_bytes: the device memory in total; None on a CPU.
@@ -121,6 +122,7 @@ class EngineInfo:
     total_bytes: int | None = None
     unavailable: tuple[str, ...] = ()
     way: str = ""
+    form: str = ""
 
 
 class GenerationFailed(Exception):

@@ -77,6 +77,8 @@ class FluxEngine:
         self.attempts = attempts or Attempts(None)
         #: How the transformer runs, for the operator.
         self.way = ""
+        #: The form of the transformer's weights in their files, such as "GGUF Q4_0".
+        self.form = ""
         #: What failed on this device, each with the reason, for the operator.
         self.unavailable: list[str] = []
         # On a CPU, decoding on a second thread gains nothing: measured, the threads of OpenMP slow each other down.
@@ -87,7 +89,9 @@ class FluxEngine:
         ready = tuple(tier.name for tier in self.tiers if tier.is_ready)
         dtype = devices.type_name(self.pipeline.transformer.dtype)
         memory, unavailable = self.device.memory(), tuple(self.unavailable)
-        return EngineInfo(self.device.description, dtype, self.plan.name, ready, *memory, unavailable, self.way)
+        return EngineInfo(
+            self.device.description, dtype, self.plan.name, ready, *memory, unavailable, self.way, self.form
+        )
 
     def warm_up(self) -> bool:
         """Make the next tier ready, then the compiled decoder, then LoRAs; return False if all are ready.

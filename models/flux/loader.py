@@ -19,7 +19,7 @@ from models.flux.device import Device, log_dtype, summary
 from models.flux.engine import FluxEngine
 from models.flux.redux import Redux
 from models.loading import devices, memory_plans, specs
-from models.loading.pipeline import load_pipeline, quantization_of
+from models.loading.pipeline import form_of, load_pipeline, quantization_of
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +128,7 @@ def _assemble(
         control_loras=specs.find_control_loras(config.weights, config.extra_weights) if config.weights else {},
         attempts=attempts,
     )
+    engine.form = form_of(config.weights)
     warm_up_none(engine, config, failed)
     return engine
 

@@ -98,6 +98,15 @@ def quantization_of(where: Weights | None) -> str:
     return quantized_files.description(directory / "transformer") if directory else ""
 
 
+def form_of(where: Weights | None) -> str:
+    """Return the form of a transformer's weights in their files, such as "safetensors" or "GGUF Q4_0".
+
+    Raises HubError and BadWeights.
+    """
+    contents = contents_of(where) if where else None
+    return contents.description if contents else quantization_of(where) or "safetensors"
+
+
 def verify_weights(where: Weights, directory: Path) -> Contents | None:
     """Check all files of weights before anything is loaded, also a single file; return what the single file holds.
 

@@ -46,6 +46,7 @@ const CLUSTER_COLUMNS = {
 const WEIGHTS_COLUMNS = {
   weights: ["Weights", String],
   device: ["Device", String],
+  form: ["Form of the files", String],
   dtype: ["Data type", String],
   memory: ["Memory plan", String],
   used: ["Device memory", String],
@@ -130,6 +131,7 @@ const gpuRows = (gpus) =>
       ...gpu,
       weights,
       device: engine?.device ?? "–",
+      form: engine?.form || "–",
       dtype: engine?.dtype ?? "–",
       memory: engine?.memory ?? "–",
       acceleration: engine?.acceleration.join(", ") ?? "–",

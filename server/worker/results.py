@@ -27,6 +27,9 @@ class GeneratedImages:
     seconds: float
     acceleration: str
     dtype: str
+    #: The form of the weights in their files, and the memory plan, by which they may be rounded.
+    form: str = ""
+    memory: str = ""
 
 
 class ResultBuilder:
@@ -87,4 +90,6 @@ class ResultBuilder:
             "height": image.height,
             "acceleration": generated.acceleration,
             "dtype": generated.dtype,
+            "weights": generated.form,
+            "memory": generated.memory,
         }

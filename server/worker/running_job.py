@@ -60,8 +60,10 @@ class RunningJob:
     def result(self) -> GeneratedImages:
         """The generated images, once they are decoded and checked."""
         assert self.flags is not None
-        task = self.task
-        return GeneratedImages(task.images, self.flags, self.seconds, task.acceleration, task.dtype)
+        task, info = self.task, self.engine.info()
+        return GeneratedImages(
+            task.images, self.flags, self.seconds, task.acceleration, task.dtype, info.form, info.memory
+        )
 
 
 def outcome_from_exception(error: Exception, job: Job) -> Outcome:

@@ -185,6 +185,8 @@ def test_images_contain_their_parameters(client: httpx.Client, output_format: st
         "height": 96,
         "acceleration": "none",
         "dtype": type_name(dtype_for("auto", "cpu")),
+        "weights": "safetensors",
+        "memory": "resident",
     }
 
 

@@ -93,7 +93,7 @@ def test_a_whole_checkpoint_replaces_every_component_of_the_base(tiny: Path, tmp
 def test_gguf(demo: Mapping[str, torch.Tensor], kind: str, memory: str, tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "demo.gguf", demo, kind, {"a.list": [1, 2, 3], "some.texts": ["a", "b"]})
     engine = engine_of(file, DEMO, memory=memory)
-    assert single_file.read(file).description == f"GGUF {kind}"
+    assert single_file.read(file).description == engine.info().form == f"GGUF {kind}"
     assert_equal_images(engine, gguf_reference(file, DEMO))
 
 
