@@ -92,6 +92,10 @@ def read_safetensors(path: Path) -> dict[str, TensorInfo]:
                 f" are possible here; {REPLACE}"
             )
         text = file.read(length)
+    # Counted before they are parsed, because each takes memory and time. A tensor has an object and two lists.
+    num_containers, limit = text.count(b"{") + text.count(b"["), 4 * MAX_TENSORS
+    if num_containers > limit:
+        raise BadWeights(f"{path}: the header has {num_containers} objects and lists, but at most {limit} are allowed")
     try:
         entries = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
