@@ -73,8 +73,9 @@ _UNCOMPILED = (Tier("none", None), Tier("regular", None, shares_forwards=True))
 
 
 def tiers_for_loras(offered: Sequence[Tier]) -> list[Tier]:
-    """Return the tiers for tasks with LoRAs: those that are ready for them, else the uncompiled ones."""
-    return [tier for tier in offered if tier.lora_transformer is not None] or uncompiled_tiers(offered)
+    """Return the tiers for tasks with LoRAs: those that are ready for them if "none" is, else the uncompiled ones."""
+    ready = [tier for tier in offered if tier.lora_transformer is not None]
+    return ready if any(tier.name == "none" for tier in ready) else uncompiled_tiers(offered)
 
 
 def uncompiled_tiers(offered: Sequence[Tier]) -> list[Tier]:

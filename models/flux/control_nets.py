@@ -3,8 +3,9 @@
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,12 @@ def images_of(request: Any, inputs: Mapping[str, Path]) -> tuple[ControlImage, .
 
 @dataclass(frozen=True)
 class Control:
-    """A control net with its input for one sample: packed latents, or pixels for a net that has no autoencoder."""
+    """A control net with its input for one sample: packed latents, or pixels for a net that has no autoencoder.
 
-    net: Any
+    `net` returns the control net, after loading it again if it was unloaded for another task meanwhile.
+    """
+
+    net: Callable[[], Any]
     condition: torch.Tensor
     image: ControlImage
     guidance: torch.Tensor | None
@@ -88,20 +92,29 @@ class Control:
         """Return whether the control net adds anything in a step."""
         return step / num_steps >= self.image.start and (step + 1) / num_steps <= self.image.end
 
-    def residuals(self, inputs: Mapping[str, Any]) -> tuple[Residuals, Residuals]:
-        """Return what the net adds to its double and single blocks, for the inputs of a forward of the transformer."""
-        found: tuple[Residuals, Residuals] = self.net(
+    def residuals(self, inputs: Mapping[str, Any], config: Any) -> tuple[Residuals, Residuals]:
+        """Return what the net adds to each double and each single block of a transformer with this configuration.
+
+        `inputs` are the other arguments of its forward.
+        """
+        net = self.net()
+        double, single = net(
             **{**inputs, "guidance": self.guidance},
             controlnet_cond=self.condition,
             controlnet_mode=self.mode,
             conditioning_scale=self.image.scale,
             return_dict=False,
         )
-        return found
+        is_cyclic = net.input_hint_block is not None
+        return (
+            _spread(double, config.num_layers, is_cyclic=is_cyclic),
+            _spread(single, config.num_single_layers, is_cyclic=False),
+        )
 
 
-def prepare(encoder: ImageEncoder, image: ControlImage, net: Any, guidance_scale: float) -> Control:
-    """Encode a control image for its control net, as FluxControlNetPipeline does."""
+def prepare(encoder: ImageEncoder, image: ControlImage, find: Callable[[], Any], guidance_scale: float) -> Control:
+    """Encode a control image for its control net, which `find` returns, as FluxControlNetPipeline does."""
+    net = find()
     pixels = encoder.pixels(image.image).contiguous()
     if net.input_hint_block is None:
         condition = encoder.pack(encoder.latents(pixels))
@@ -109,7 +122,7 @@ def prepare(encoder: ImageEncoder, image: ControlImage, net: Any, guidance_scale
         condition = pixels.to(encoder.device, encoder.dtype)
     guidance = torch.tensor([guidance_scale], device=encoder.device) if net.config.guidance_embeds else None
     mode = torch.tensor([[image.mode]], device=encoder.device) if net.union else None
-    return Control(net, condition, image, guidance, mode)
+    return Control(find, condition, image, guidance, mode)
 
 
 def residuals(
@@ -123,10 +136,8 @@ def residuals(
     single: Residuals = None
     for control in controls:
         if control.is_due(step, num_steps):
-            of_double, of_single = control.residuals(inputs)
-            is_cyclic = control.net.input_hint_block is not None
-            double = _add(double, _spread(of_double, config.num_layers, is_cyclic=is_cyclic))
-            single = _add(single, _spread(of_single, config.num_single_layers, is_cyclic=False))
+            of_double, of_single = control.residuals(inputs, config)
+            double, single = _add(double, of_double), _add(single, of_single)
     return {"controlnet_block_samples": double, "controlnet_single_block_samples": single}
 
 
@@ -167,9 +178,19 @@ class ControlNetManager:
             if image.path in self._loaded:
                 self._loaded.move_to_end(image.path)
             else:
-                self._make_room(paths, image.path.stat().st_size)
-                self._loaded[image.path] = self._load(image)
+                self._loaded[image.path] = self._load(image, paths)
+            if self._loaded[image.path].union and image.mode is None:
+                message = "This control net is a union, which needs the mode of its image; use controlnet_unions."
+                raise IncompatibleInput(image.loc, message)
         return [self._loaded[image.path] for image in images]
+
+    def finders(self, images: Sequence[ControlImage]) -> list[Callable[[], Any]]:
+        """Return a function for each image that returns its control net, loaded onto the device."""
+        return [partial(self._find, images, number) for number in range(len(images))]
+
+    def _find(self, images: Sequence[ControlImage], number: int) -> Any:
+        # Load all of them, so that those of one task do not evict each other.
+        return self.load(images)[number]
 
     def unload_idle(self, images: Sequence[ControlImage]) -> None:
         """Unload all control nets but those of these images, to free memory."""
@@ -183,14 +204,13 @@ class ControlNetManager:
                 return
             del self._loaded[path]
 
-    def _load(self, image: ControlImage) -> Any:
+    def _load(self, image: ControlImage, wanted: set[Path]) -> Any:
         transformer = self._pipeline.transformer
         try:
+            self._make_room(wanted, image.path.stat().st_size)
             # Only the tensors: what a file says in its metadata is not trusted.
             tensors = load_file(image.path)
             net = build(tensors, transformer)
-            if net.union and image.mode is None:
-                raise ValueError("it is a union, which needs the mode of its image: use controlnet_unions")
             if net.input_hint_block is not None and self._pipeline.vae_scale_factor != _HINT_PIXELS:
                 raise ValueError("it takes pixels, eight for each latent, and the latents of this model are of others")
             placed = {name: each.to(transformer.device, transformer.dtype) for name, each in tensors.items()}
@@ -211,6 +231,8 @@ def build(tensors: Mapping[str, torch.Tensor], transformer: Any) -> Any:
     of a control net, or of one for a transformer of another width.
     """
     own, base = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, transformer.config
+    if scalars := [name for name, shape in own.items() if not shape]:
+        raise ValueError(f"{scalars[0]} has no dimensions")
     config = {
         "in_channels": base.in_channels,
         "num_layers": _num_blocks(own, "transformer_blocks"),

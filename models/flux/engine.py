@@ -207,6 +207,9 @@ class FluxEngine:
         size = (task.tier.name, bool(task.loras), first.num_tokens, first.real_cfg is not None)
         members = members[: self.sharing.number(size, len(members))]
         compiled = task.tier.lora_transformer if task.loras else task.tier.transformer
+        if task.loras and (limit == 1 or not self.loras.fit_compiled(task.loras)):
+            # Compiled code takes more memory for LoRAs than their files have.
+            compiled = None
         transformer = compiled or self.pipeline.transformer
         with (
             self.loras.in_transformer(task.loras, transformer),
@@ -238,14 +241,14 @@ class FluxEngine:
             text = self.redux.append(text, task.inputs.after_prompt)
         size = (task.width, task.height)
         task.inputs = control.prepare(task.inputs, size, self.depth_estimator)
-        nets = self.image_adapters.control_nets.load(task.adapter_images.control)
-        if not task.samples:
-            task.step_work += work_of_control_nets(self, nets, task.size)
-        images = list(zip(task.adapter_images.control, nets, strict=True))
+        nets, followed = self.image_adapters.control_nets, task.adapter_images.control
+        images = list(zip(followed, nets.finders(followed), strict=True))
         sample = begin(self.pipeline, self.device.name, text, task.request, size, seed, task.inputs, images)
         sample.image_prompts = self.image_adapters.ip_adapters.prompts(task.adapter_images.prompts)
         if real_cfg.is_used(task.request):
             sample.real_cfg = RealCfg(self._encode(task.request.negative_prompt, task), task.request.real_cfg_scale)
+        if not task.samples:
+            task.step_work += work_of_control_nets(self, nets.load(followed), task.size)
         # With real guidance, the two forwards of a step would overwrite each other's first blocks.
         sample.cache = FirstBlockCache() if task.tier.skips_blocks and not sample.real_cfg else None
         return sample

@@ -94,6 +94,7 @@ class IPAdapterManager:
         self._pipeline, self._directory = pipeline, directory
         self._kept_bytes = kept_bytes
         self._encoder: Any = None
+        self._num_features = 0
         self._loaded: OrderedDict[Path, _Adapter] = OrderedDict()
 
     @property
@@ -118,6 +119,7 @@ class IPAdapterManager:
         if self._encoder is None:
             assert self._directory
             self._encoder = _Encoder.load(self._directory, self._pipeline.transformer)
+        self._num_features = self._encoder.num_features
         adapters = self._load(images)
         black = self._encoder.embedding(Image.new("RGB", images[0].image.size))
         pairs = list(zip(images, adapters, strict=True))
@@ -128,11 +130,14 @@ class IPAdapterManager:
 
     @contextmanager
     def attached(self, transformer: Any, images: Sequence[PromptImage]) -> Iterator[None]:
-        """Let the double blocks of a transformer see the image prompts during the block."""
+        """Let the double blocks of a transformer see the image prompts during the block.
+
+        IP adapters that were unloaded for another task meanwhile are loaded again. Raises IncompatibleInput.
+        """
         if not images:
             yield
             return
-        adapters = [self._loaded[image.path] for image in images]
+        adapters = self._load(images)
         scales = [image.scale for image in images]
         config, attentions = transformer.config, [block.attn for block in transformer.transformer_blocks]
         before = [attention.processor for attention in attentions]
@@ -164,12 +169,11 @@ class IPAdapterManager:
             if image.path in self._loaded:
                 self._loaded.move_to_end(image.path)
                 continue
-            self._make_room(wanted, image.path.stat().st_size)
             try:
-                self._loaded[image.path] = build(
-                    load_file(image.path), self._pipeline.transformer, self._encoder.num_features
-                )
-            except ValueError as error:
+                self._make_room(wanted, image.path.stat().st_size)
+                tensors = load_file(image.path)
+                self._loaded[image.path] = build(tensors, self._pipeline.transformer, self._num_features)
+            except (ValueError, OSError) as error:
                 message = f"This IP adapter does not fit this model: {error}"
                 raise IncompatibleInput(image.loc, message) from error
         return [self._loaded[image.path] for image in images]
@@ -240,6 +244,8 @@ def _by_place(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the tensors by the names that the modules here have for them. Raises ValueError for an unknown tensor."""
     named: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
+        if tensor.dim() == 0:
+            raise ValueError(f"{name} has no dimensions")
         if match := _PROJECTION.fullmatch(name):
             named[match[1].replace("proj", "image_embeds")] = tensor
         elif match := _BLOCK.fullmatch(name):

@@ -197,9 +197,11 @@ def with_weight(norm: Any, weight: torch.Tensor) -> Any:
 def widened_linear(layer: Any, num_inputs: int, like: torch.Tensor) -> Any:
     """Return a copy of a linear layer for more inputs, which have no effect, in the type and place of `like`.
 
-    Raises GenerationFailed if the layer's weights are stored in another shape, as in GGUF files.
+    Raises GenerationFailed if the layer's weights are quantized in their files.
     """
-    if layer.weight.shape != (layer.out_features, layer.in_features):
+    # Libraries that quantize have layers of their own, or tensors.
+    is_plain = type(layer) is torch.nn.Linear and type(layer.weight.data) is torch.Tensor
+    if not (is_plain and layer.weight.is_floating_point()):
         raise GenerationFailed("Control LoRAs do not work on these quantized weights.")
     wide = torch.nn.Linear(num_inputs, layer.out_features, device="meta")
     weight = pad(layer.weight.detach().to(like), (0, num_inputs - layer.in_features))

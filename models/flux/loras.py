@@ -16,6 +16,7 @@ from models.flux import lora_weights
 from models.flux.input_images import OWN
 from models.flux.lora_layers import Pair, installed, widened_linear, with_compiled_loras, with_loras, with_weight
 from models.flux.lora_weights import WIDENED, LoraWeights
+from models.loading.quantization import linear_layers_of_blocks
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,9 @@ class LoraManager:
         self._pipeline = pipeline
         self._like = torch.empty(0, dtype=pipeline.transformer.dtype, device=device)
         self._kept_bytes = kept_bytes
+        layers = linear_layers_of_blocks(pipeline.transformer)
+        #: The bytes of a LoRA of rank 1 in all linear layers of the blocks.
+        self._bytes_of_rank = self._like.itemsize * sum(each.in_features + each.out_features for each in layers)
         #: Each LoRA with its bytes, least recently used first.
         self._loaded: OrderedDict[Key, tuple[LoraWeights, int]] = OrderedDict()
         #: The layers that were last put into a model, with the LoRAs and the model that they are for.
@@ -115,6 +119,17 @@ class LoraManager:
             self._last = (loras, transformer, self._layers(loras, transformer))
         with installed(transformer, self._last[2] if loras else {}):
             yield
+
+    def fit_compiled(self, loras: tuple[LoraAdapter, ...]) -> bool:
+        """Return whether LoRAs may run in compiled code, in which every layer of the blocks has their whole rank.
+
+        The memory for that may not exceed the maximum for LoRAs: a small file with a single layer can have a high rank.
+        Raises the errors of `in_transformer`.
+        """
+        self._load_missing(loras)
+        pairs = [self._loaded[lora.key][0].pairs["transformer"].values() for lora in loras]
+        rank = sum(max((len(pair.down) for pair in each), default=0) for each in pairs)
+        return bool(rank * self._bytes_of_rank <= self._kept_bytes)
 
     @contextmanager
     def in_text_encoder(self, loras: tuple[LoraAdapter, ...]) -> Iterator[None]:

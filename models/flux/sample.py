@@ -1,7 +1,7 @@
 """An image during generation: how it starts, takes steps and is unpacked, as in diffusers' FLUX pipelines."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,14 +117,14 @@ def begin(
     size: tuple[int, int],
     seed: int,
     inputs: InputImages,
-    nets: Sequence[tuple[ControlImage, Any]] = (),
+    nets: Sequence[tuple[ControlImage, Callable[[], Any]]] = (),
 ) -> Sample:
     """Return a new sample, with latents, timesteps and guidance, for an image of `size`, (width, height) in pixels.
 
     Start from noise as FluxPipeline does, or from an image mixed with noise as FluxImg2ImgPipeline does. With a mask,
     keep the image where the mask is black, as FluxInpaintPipeline does. With a hole, do what FluxFillPipeline does,
     with a control image what the FluxControl pipelines do, and with a reference image what those of Kontext do. With
-    control nets, `nets`, each with its control image, do what the FluxControlNet pipelines do.
+    control images, each with a function that returns its control net, do what the FluxControlNet pipelines do.
     """
     width, height = size
     # Draw noise on the CPU, so that a seed gives the same noise on every device.
@@ -143,7 +143,7 @@ def begin(
         encoder.noise(torch.Size([1, pipeline.vae.config.latent_channels, rows, columns]))
     if inputs.control:
         sample.channels = control.channels(encoder, inputs.control)
-    sample.controls = [control_nets.prepare(encoder, image, net, request.guidance_scale) for image, net in nets]
+    sample.controls = [control_nets.prepare(encoder, image, find, request.guidance_scale) for image, find in nets]
     if inputs.start:
         sample.timesteps = timesteps[first_step(request) :]
         scheduler.set_begin_index(first_step(request))

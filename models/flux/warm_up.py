@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from models.flux.acceleration import Tier
-from models.flux.compilation import clone_sharing_weights, compile_blocks
+from models.flux.compilation import MAX_GRAPHS, clone_sharing_weights, compile_blocks
 from models.flux.decoder import COMPILED_DECODER
 from models.flux.device import summary
 
@@ -79,6 +79,8 @@ def _warm_up_loras(engine: Any, tier: Tier) -> None:
 
 @contextmanager
 def _compiling(engine: Any, name: str) -> Iterator[None]:
+    # The limit applies to the thread that sets it.
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS
     with (
         engine.device.classify_errors(name),
         engine.device.on_decode_stream(),

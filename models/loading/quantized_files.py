@@ -74,6 +74,9 @@ def check(
     hub whose code the operator allows. Components in `without` are not loaded from the directory. Raises BadWeights,
     and OSError for what this machine lacks.
     """
+    for other in (path.parent for path in directory.glob("*/config.json") if path.parent.name not in _COMPONENTS):
+        if _config(other):
+            raise BadWeights(f"{other} is quantized, which is supported for {', '.join(_COMPONENTS)} only")
     for name in _COMPONENTS:
         if name not in without and (config := _config(directory / name)):
             _check(directory / name, config, device, dtype)

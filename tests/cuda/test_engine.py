@@ -452,7 +452,7 @@ def test_a_control_net_and_an_ip_adapter_are_loaded_in_the_type_of_the_weights(
     task = tiny.start(asked, 1, inputs)
     tiny.advance(task)
     assert task.samples[0].image_prompts
-    (loaded,) = (control.net for control in task.samples[0].controls)
+    (loaded,) = (control.net() for control in task.samples[0].controls)
     placed = [*loaded.parameters(), *task.samples[0].image_prompts.states]
     assert {(tensor.device.type, tensor.dtype) for tensor in placed} == {("cuda", torch.bfloat16)}
 

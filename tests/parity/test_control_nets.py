@@ -320,3 +320,37 @@ def test_what_is_not_supported_is_named(bench: Bench, fields: dict[str, Any], lo
     with pytest.raises(ValidationError) as error:
         bench.request(FluxGeneralInput, **fields)
     assert [entry["loc"] for entry in error.value.errors()] == [loc]
+
+
+def test_a_control_net_that_another_task_evicts_is_loaded_again(bench: Bench) -> None:
+    for seed in range(2):
+        bench.add(f"net{seed}", seed)
+    num_bytes = (bench.directory / "net0.safetensors").stat().st_size
+    manager = bench.engine.image_adapters.control_nets = ControlNetManager(bench.pipeline, kept_bytes=num_bytes)
+    requests = [bench.request(FluxGeneralInput, controlnets=[net_of(f"net{seed}")]) for seed in range(2)]
+    expected = [bench.generate(request) for request in requests]
+    tasks = [bench.engine.start(request, 5, bench.inputs(request)) for request in requests]
+    while tasks[0].step < tasks[0].num_steps:
+        for task in tasks:
+            bench.engine.advance(task)
+            # The net of the other task is not kept by that task.
+            assert manager.num_loaded == 1
+    for task, image in zip(tasks, expected, strict=True):
+        assert difference(finish_task(bench.engine, task)[0], image) == 0
+
+
+def test_a_loaded_union_outside_of_its_field_is_refused(bench: Bench) -> None:
+    bench.add("net", 1, num_mode=10)
+    controls = [{"control_image_url": "edges", "control_mode": "canny"}]
+    bench.generate(bench.request(FluxGeneralInput, controlnet_unions=[{"path": "net", "controls": controls}]))
+    with pytest.raises(IncompatibleInput, match="controlnet_unions") as error:
+        bench.generate(bench.request(FluxGeneralInput, controlnets=[net_of()]))
+    assert error.value.loc == ("controlnets", 0, "path")
+
+
+def test_a_tensor_without_dimensions_is_named(bench: Bench) -> None:
+    net = bench.add("net", 1, num_mode=10)
+    tensors = net.state_dict() | {"controlnet_mode_embedder.weight": torch.ones(())}
+    save_file(tensors, bench.directory / "scalar.safetensors")
+    with pytest.raises(IncompatibleInput, match=r"mode_embedder\.weight has no dimensions"):
+        bench.generate(bench.request(FluxGeneralInput, controlnets=[net_of("scalar")]))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from models.base import IncompatibleInput
 from models.flux.engine import FluxEngine
+from models.flux.image_adapters import AdapterImages
 from models.flux.ip_adapters import IPAdapterManager
 from models.flux.prompt_cache import count_text_tokens
 from models.flux_general import FluxGeneralImageToImageInput, FluxGeneralInpaintingInput, FluxGeneralInput
@@ -236,3 +237,26 @@ def test_what_is_not_supported_is_named(bench: Bench, fields: dict[str, Any], na
 def test_a_list_of_one_image_is_that_image(bench: Bench) -> None:
     (adapter,) = bench.request(FluxGeneralInput, ip_adapters=[adapter_of(image=["first"])]).ip_adapters
     assert adapter.ip_adapter_image_url == "first"
+
+
+def test_an_ip_adapter_that_another_task_evicts_is_loaded_again(bench: Bench) -> None:
+    num_bytes = (bench.directory / "adapter.safetensors").stat().st_size
+    bench.engine.image_adapters.ip_adapters = IPAdapterManager(
+        bench.pipeline, bench.directory / "clip", kept_bytes=num_bytes
+    )
+    requests = [bench.request(FluxGeneralInput, ip_adapters=[adapter_of(path)]) for path in ("adapter", "other")]
+    expected = [bench.generate(request) for request in requests]
+    tasks = [bench.engine.start(request, 5, bench.inputs(request)) for request in requests]
+    while tasks[0].step < tasks[0].num_steps:
+        for task in tasks:
+            bench.engine.advance(task)
+    bench.engine.image_adapters.unload_idle(AdapterImages())
+    for task, image in zip(tasks, expected, strict=True):
+        assert difference(finish_task(bench.engine, task)[0], image) == 0
+
+
+def test_a_tensor_without_dimensions_is_named(bench: Bench) -> None:
+    tensors = load_file(bench.directory / "adapter.safetensors") | {"ip_adapter_proj_model.proj.weight": torch.ones(())}
+    save_file(tensors, bench.directory / "scalar.safetensors")
+    with pytest.raises(IncompatibleInput, match=r"proj\.weight has no dimensions"):
+        bench.generate(bench.request(FluxGeneralInput, ip_adapters=[adapter_of("scalar")]))

@@ -18,6 +18,7 @@ from models.flux.acceleration import Tier
 from models.flux.compilation import MAX_GRAPHS, clone_sharing_weights
 from models.flux.engine import FluxEngine
 from models.flux.lora_layers import RANK_STEP
+from models.flux.loras import LoraManager
 from models.flux_control_lora import FluxControlLoraCannyInput
 from models.flux_lora import FluxLoraInput
 from models.loading import memory_plans
@@ -227,6 +228,20 @@ def test_a_hundred_swaps_compile_nothing_and_leave_nothing(compiled: FluxEngine,
     assert live_bytes() == num_bytes
     assert fingerprint(compiled.pipeline.transformer) == before
     assert difference(generate(compiled, request_of()), plain) == 0
+
+
+def test_a_lora_of_high_rank_does_not_run_compiled(
+    compiled: FluxEngine, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In compiled code, every layer would have its rank, which may take far more memory than its file."""
+    request, inputs = request_of(0.5), {"loras.0.path": files[0]}
+    expected = generate(engine_with("resident"), request, files[0])
+    for manager, is_compiled in ((compiled.loras, True), (LoraManager(compiled.pipeline, kept_bytes=1), False)):
+        monkeypatch.setattr(compiled, "loras", manager)
+        task = compiled.start(request, 5, inputs)
+        assert compiled.loras.fit_compiled(task.loras) is is_compiled
+    # Uncompiled, the image is exact.
+    assert difference(finish_task(compiled, task)[0], expected) == 0
 
 
 @pytest.mark.timeout(1500)

@@ -319,6 +319,15 @@ def broken_tier(name: str) -> Tier:
     return Tier(name, cannot_run, is_ready=False)
 
 
+def test_loras_run_uncompiled_until_the_tier_none_is_compiled_for_them() -> None:
+    tiers = [Tier("none", None), Tier("regular", None), Tier("high", None)]
+    tiers[1].lora_transformer = tiers[2].lora_transformer = object()
+    assert [tier.lora_transformer for tier in acceleration.tiers_for_loras(tiers)] == [None, None]
+    tiers[0].lora_transformer = object()
+    assert acceleration.tiers_for_loras(tiers) == tiers
+    assert acceleration.best_ready(acceleration.tiers_for_loras(tiers), "none") is tiers[0]
+
+
 def test_the_warm_up_begins_with_the_usual_size_of_images(pipeline: FluxPipeline) -> None:
     """Triton chooses its configurations in the first forward, for good: it must see the 4096 tokens of 1024x1024."""
     numbers: list[int] = []
