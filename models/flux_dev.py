@@ -151,6 +151,10 @@ class FluxDev:
         scales = {"lora_scales": [lora.scale for lora in request.loras]} if "loras" in fields else {}
         if "control_loras" in fields:
             scales["control_lora_scales"] = [lora.scale for lora in request.control_loras]
+        if "controlnets" in fields:
+            nets = [*request.controlnets, *(control for each in request.controlnet_unions for control in each.controls)]
+            scales["controlnet_scales"] = [net.conditioning_scale for net in nets]
+            scales["ip_adapter_scales"] = [adapter.scale for adapter in request.ip_adapters]
         return {"endpoint": self.endpoint, **parameters, "seed": seed, **scales}
 
 

@@ -66,8 +66,8 @@ StartPercentage = Annotated[
 ]
 EndPercentage = Annotated[
     float,
-    AfterValidator(_at_start),
     Field(gt=0, le=1, description="The share of the steps after which the control image is followed no more."),
+    AfterValidator(_at_start),
 ]
 
 

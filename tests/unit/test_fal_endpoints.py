@@ -14,6 +14,9 @@ MODELS = discover()
 NOT_IN_METADATA = {
     "loras",
     "control_loras",
+    "controlnets",
+    "controlnet_unions",
+    "ip_adapters",
     "fill_image",
     "image_size",
     "num_images",
@@ -78,6 +81,8 @@ def test_the_metadata_of_an_image_holds_the_parameters_of_its_request_without_ur
         "control_lora_image_url": EXAMPLE_IMAGE,
         "loras": [{"path": "a/b", "scale": 2}],
         "control_loras": [{"path": "a/b", "control_image_url": EXAMPLE_IMAGE}],
+        "controlnets": [{"path": "a/b", "image_url": EXAMPLE_IMAGE, "conditioning_scale": 0.5}],
+        "ip_adapters": [{"path": "a/b", "ip_adapter_image_url": EXAMPLE_IMAGE, "scale": 0.6}],
     }
     body = {name: value for name, value in known.items() if name in schema_of(endpoint)["properties"]}
     parameters = dict(model.metadata(model.Input.model_validate(body), 1))
@@ -85,6 +90,8 @@ def test_the_metadata_of_an_image_holds_the_parameters_of_its_request_without_ur
     fields = model.Input.model_fields.keys()
     assert parameters.pop("lora_scales", None) == ([2] if "loras" in fields else None)
     assert parameters.pop("control_lora_scales", None) == ([1] if "control_loras" in fields else None)
+    assert parameters.pop("controlnet_scales", None) == ([0.5] if "controlnets" in fields else None)
+    assert parameters.pop("ip_adapter_scales", None) == ([0.6] if "ip_adapters" in fields else None)
     published = set(schema_of(endpoint)["properties"])
     urls = {name for name in published if name.endswith("_url")}
     assert parameters.keys() == (published - urls - NOT_IN_METADATA) | {"seed", *({"prompt"} & fields)}
