@@ -62,11 +62,11 @@ ControlNetImageURL = Annotated[
 ]
 ConditioningScale = Annotated[float, Field(ge=0, le=2, description="How closely to follow the control image.")]
 StartPercentage = Annotated[
-    float, Field(ge=0, lt=1, description="The share of the steps after which the control image is followed.")
+    float, Field(ge=0, le=1, description="The share of the steps after which the control image is followed.")
 ]
 EndPercentage = Annotated[
     float,
-    Field(gt=0, le=1, description="The share of the steps after which the control image is followed no more."),
+    Field(ge=0, le=1, description="The share of the steps after which the control image is followed no more."),
     AfterValidator(_at_start),
 ]
 
