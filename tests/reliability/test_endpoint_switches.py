@@ -65,6 +65,7 @@ def test_a_hundred_switches_between_endpoints(tmp_path: Path) -> None:
     assert max(memory_used[-10:]) < max(memory_used[10:20]) + 25_000_000
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(900)
 def test_a_hundred_switches_between_all_endpoints(tmp_path: Path) -> None:
     """Each set of weights is loaded once, memory does not grow, and an endpoint gives the same image each time."""
