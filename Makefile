@@ -21,6 +21,8 @@ ARGS ?=
 TWICE := -n 2 --dist loadfile
 # OpenMP's threads spin less while they wait, as in the server. Otherwise two programs at a time slow each other down.
 export GOMP_SPINCOUNT ?= 1000
+# Some systems set this. Packages come without bytecode, and compiling them again in each process doubles its start.
+unexport PYTHONDONTWRITEBYTECODE
 # Read CPU from the command line only, because some systems set an environment variable of this name.
 ifeq ($(origin CPU),command line)
 ifneq ($(CPU),avx2)

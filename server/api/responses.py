@@ -81,8 +81,7 @@ def status_body(job: Job, position: int, logs: Sequence[dict[str, Any]] | None) 
     if job.state == State.COMPLETED:
         if job.inference_time is not None:
             body["metrics"]["inference_time"] = job.inference_time
-        if job.acceleration is not None:
-            body["metrics"]["acceleration"] = job.acceleration
+        body["metrics"].update(job.provenance)
         if job.error is not None:
             body["error"] = job.error
         if job.error_type is not None:

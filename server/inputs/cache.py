@@ -113,12 +113,12 @@ class InputCache:
         needed = self._in_use()
         paths = (path for path in self._directory.iterdir() if is_server_file(path, _SERVER_FILE))
         idle = sorted((path for path in paths if path.name not in needed), key=_used_at)
-        excess = sum(self._size(path.name) for path in self._directory.glob(f"*{WEIGHTS}")) - self.max_kept_bytes
+        excess = sum(self.size(path.name) for path in self._directory.glob(f"*{WEIGHTS}")) - self.max_kept_bytes
         num_deleted = 0
         for path in idle:
             if path.suffix == WEIGHTS and excess <= 0:
                 continue
-            size = self._size(path.name)
+            size = self.size(path.name)
             if self._delete(path):
                 num_deleted += 1
                 excess -= size if path.suffix == WEIGHTS else 0
@@ -132,7 +132,8 @@ class InputCache:
             path.unlink(missing_ok=True)
             return True
 
-    def _size(self, name: str) -> int:
+    def size(self, name: str) -> int:
+        """Return the size of the input file with this name in bytes; 0 if it does not exist."""
         return size_of(self._directory, name)
 
 

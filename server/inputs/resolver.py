@@ -2,27 +2,24 @@
 
 import asyncio
 import os
-import re
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import pybase64
 from pydantic_core import to_json
 
 from models.image_size import Limits
 from models.schema import ImageInput, input_urls
 from server.errors import InternalError, InvalidInput, InvalidInputFile, QueueFull
 from server.executor import FairExecutor
-from server.inputs import hub, images, weights
+from server.inputs import hub, images, urls, weights
 from server.inputs.cache import WEIGHTS, InputCache
 from server.inputs.spool import Spool, too_large
 from server.net.outbound import ForbiddenURL, OutboundClient
-from server.storage.file_store import NAME, FileStore, disk_errors
+from server.storage.file_store import FileStore, disk_errors
 
 MAX_IMAGE_BYTES = 25 * 2**20
 #: The most bytes of a realtime input: enough for the largest image as a data URI, and for the other fields.
@@ -32,13 +29,8 @@ MAX_DOWNLOADS, MAX_DOWNLOADS_PER_OWNER = 32, 8
 #: How many URLs are remembered with the ETags of their files, and the longest of these URLs, in characters.
 MAX_KNOWN = 10_000
 MAX_CACHED_URL = 1024
-_OWN_PATH = re.compile(rf"/files/({NAME.pattern})")
 #: The longest URL of a file, in characters; data URIs may be longer.
 MAX_URL = 8192
-#: Characters of base64 that are decoded at a time: a multiple of four, because four characters are three bytes.
-_PART = 2**20
-_SCHEME = re.compile(r"[a-z][a-z0-9+.\-]*://", re.IGNORECASE)
-_DATA = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
 
 Loc = tuple[str | int, ...]
@@ -114,7 +106,7 @@ class InputResolver:
         the owner's unfinished requests would need too much disk space; InternalError if a file could not be checked;
         and DiskFull.
         """
-        self._check_space(owner, ())
+        self._check_space(owner, (), ())
         # A file that the request refers to twice is fetched once.
         names: dict[tuple[str, str], str] = {}
         input_files: dict[str, str] = {}
@@ -124,13 +116,20 @@ class InputResolver:
                     names[kind, url] = await self._resolve_one(url, owner, kind, loc, body)
                     hold(names[kind, url])
                     # Check after each file, because a request can refer to many large ones.
-                    self._check_space(owner, set(names.values()))
+                    self._check_space(owner, set(names.values()), loc)
                 input_files[".".join(map(str, loc))] = names[kind, url]
         return input_files
 
-    def _check_space(self, owner: str, names: Collection[str]) -> None:
-        """Check that the owner's unfinished requests may need these files too. Raises QueueFull."""
-        if self._pending_bytes(owner, names) > self._max_bytes_per_owner:
+    def _check_space(self, owner: str, names: Collection[str], loc: Loc) -> None:
+        """Check that the owner's unfinished requests may need these files of a request too.
+
+        Raises QueueFull, and InvalidInput at `loc` if the files are too large even without other requests.
+        """
+        max_bytes = self._max_bytes_per_owner
+        if sum(self.cache.size(name) for name in names) > max_bytes:
+            message = f"The files of this request are larger than {max_bytes / 1e9:g} GB together (--max-uploads-gb)"
+            raise InvalidInput.of("file_too_large", ("body", *loc), message, max_size=max_bytes)
+        if self._pending_bytes(owner, names) > max_bytes:
             raise QueueFull(
                 "The input files of this key's unfinished requests need more disk space than --max-uploads-gb allows;"
                 " try again when some requests have finished"
@@ -163,8 +162,8 @@ class InputResolver:
             if is_data and body and (data := body.find(url)):
                 await self._executor.run(owner, data.link, temp_path, kind.max_bytes)
             elif is_data:
-                await self._executor.run(owner, _decode, url, temp_path, kind)
-            elif own := _own_name(url):
+                await self._executor.run(owner, urls.decode, url, temp_path, kind.max_bytes)
+            elif own := urls.own_name(url):
                 await self._executor.run(owner, self._link, own, owner, temp_path, kind.max_bytes)
             else:
                 return await self._download(url, owner, temp_path, kind_name)
@@ -182,8 +181,8 @@ class InputResolver:
             try:
                 if kind_name != "image":
                     url = await hub.resolve_hub_id(url, self.outbound, temp_path)
-                if not _SCHEME.match(url[:100]):
-                    raise InvalidInputFile("file_download_error", _what_is_accepted(kind_name))
+                if not urls.has_scheme(url):
+                    raise InvalidInputFile("file_download_error", urls.what_is_accepted(kind_name))
                 # The key contains the kind, because a file that was fetched as an image was not checked as weights.
                 cached = self._known.get((kind_name, url))
                 is_here = cached is not None and await self._executor.run(owner, self.cache.touch, cached.name)
@@ -255,44 +254,3 @@ def _store_weights(kind: str, temp_path: Path, ready: Path, limits: Limits) -> s
     weights.check(kind, temp_path)
     temp_path.rename(ready)
     return WEIGHTS
-
-
-def _own_name(url: str) -> str | None:
-    """Return the name of the file if the URL's path has the form of a file in this server's store, otherwise None.
-
-    Any host is accepted, because the name has 128 random bits.
-    """
-    try:
-        path = urlsplit(url).path
-    except ValueError:
-        return None
-    match = _OWN_PATH.fullmatch(path)
-    return match[1] if match else None
-
-
-def _what_is_accepted(kind: str) -> str:
-    """Return the error message for an input that is neither a URL nor a data URI, such as a path."""
-    more = ", or a hub id such as owner/name" if kind != "image" else ""
-    return (
-        "This should be an http or https URL, a data URI, or the URL of a file uploaded to this server"
-        f"{more}; paths on the server's own disk are never read"
-    )
-
-
-def _decode(url: str, temp_path: Path, kind: InputType) -> None:
-    """Decode a data URI into a file. Raises InvalidInputFile for invalid base64 or too many bytes, and OSError."""
-    match = _DATA.match(url)
-    if not match:
-        raise InvalidInputFile("file_download_error", "A data URI should have the form data:TYPE;base64,...")
-    if (len(url) - match.end()) * 3 // 4 > kind.max_bytes:
-        raise too_large(kind.max_bytes)
-    starts = range(match.end(), len(url), _PART)
-    if 0 <= url.find("=", match.end()) < len(url) - 2:
-        raise InvalidInputFile("file_download_error", "The data URI is not base64: data follows its padding")
-    try:
-        # Decode in parts, because decoding holds Python's global lock, and other threads must run in between.
-        with temp_path.open("wb") as file:
-            for start in starts:
-                file.write(pybase64.b64decode(url[start : start + _PART], validate=True))
-    except ValueError as error:
-        raise InvalidInputFile("file_download_error", f"The data URI is not base64: {error}") from None

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 from pydantic_core import to_json
 
@@ -33,6 +33,22 @@ class Priority(StrEnum):
 
     NORMAL = "normal"
     LOW = "low"
+
+
+class Provenance(TypedDict, total=False):
+    """What the images of a job depend on besides its input and the model.
+
+    Fields:
+        acceleration: the tier.
+        dtype: the number type of the computation, by PyTorch's name.
+        weights: the form of the transformer's weights in their files, such as "safetensors" or "GGUF Q4_0".
+        memory: the memory plan, by which the weights may be quantized.
+    """
+
+    acceleration: str
+    dtype: str
+    weights: str
+    memory: str
 
 
 @dataclass(frozen=True)
@@ -97,7 +113,7 @@ class Job:
     error: str | None = None
     error_type: str | None = None
     inference_time: float | None = None
-    acceleration: str | None = None
+    provenance: Provenance = field(default_factory=Provenance)
     step: int = 0
     num_steps: int = 0
     #: The newest preview of the image as a data URI, for streams and for status requests that ask for previews.
@@ -126,7 +142,7 @@ class Outcome:
     error: str | None = None
     error_type: str | None = None
     inference_time: float | None = None
-    acceleration: str | None = None
+    provenance: Provenance = field(default_factory=Provenance)
     files: tuple[StoredFile, ...] = ()
     #: Megapixels, rounded up for each image: the unit that fal bills for this model.
     billable_units: int = 0

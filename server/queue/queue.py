@@ -302,7 +302,7 @@ class Queue:
             self._waiting.finish(job)
         job.is_cancelled, job.output_size = is_cancelled, len(outcome.body)
         job.error, job.error_type = outcome.error, outcome.error_type
-        job.inference_time, job.acceleration = outcome.inference_time, outcome.acceleration
+        job.inference_time, job.provenance = outcome.inference_time, outcome.provenance
         # Set last, because the event loop reads without the lock: once it sees COMPLETED, all other fields are set.
         job.state = State.COMPLETED
         self._recent[job.request_id] = job

@@ -14,7 +14,7 @@ def log_finished(job: Job, outcome: Outcome, *, is_cancelled: bool) -> None:
     about = {"request_id": job.request_id, "endpoint": job.endpoint, "owner": job.owner[:9], "status": outcome.status}
     details = {
         "seconds": outcome.inference_time,
-        "acceleration": outcome.acceleration,
+        **outcome.provenance,
         "billable_units": outcome.billable_units or None,
         "error_type": outcome.error_type,
         "attempt": job.attempt if job.attempt > 1 else None,

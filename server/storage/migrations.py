@@ -4,7 +4,7 @@ import sqlite3
 from pathlib import Path
 
 SCHEMA = Path(__file__).with_name("schema.sql")
-VERSION = 7
+VERSION = 8
 #: SQL by version: each entry migrates a database from the version before it.
 _STEPS = {
     2: "ALTER TABLE jobs ADD COLUMN strikes INTEGER NOT NULL DEFAULT 0 CHECK (strikes >= 0)",
@@ -80,6 +80,11 @@ _STEPS = {
         INSERT INTO row_sizes
             SELECT request_id, owner, 1024 + length(CAST(input || output || coalesce(logs, '') AS BLOB)), finished_at
             FROM jobs WHERE state = 'COMPLETED'
+    """,
+    8: """
+        ALTER TABLE jobs ADD COLUMN provenance TEXT NOT NULL DEFAULT '{}';
+        UPDATE jobs SET provenance = json_object('acceleration', acceleration) WHERE acceleration IS NOT NULL;
+        ALTER TABLE jobs DROP COLUMN acceleration
     """,
 }
 

@@ -35,7 +35,8 @@ CREATE TABLE jobs (
     error_type      TEXT,
     inference_time  REAL,
     billable_units  INTEGER NOT NULL DEFAULT 0 CHECK (billable_units >= 0),
-    acceleration    TEXT,
+    -- What the images depend on besides the input: {"acceleration": "none", "dtype": "bfloat16", ...}.
+    provenance      TEXT NOT NULL DEFAULT '{}',
     logs            TEXT,
     CHECK ((state = 'COMPLETED') = (finished_at IS NOT NULL)),
     CHECK ((state = 'COMPLETED') = (status IS NOT NULL)),
@@ -181,4 +182,4 @@ CREATE TABLE keys (
 
 CREATE UNIQUE INDEX keys_name ON keys (name) WHERE name <> '';
 
-PRAGMA user_version = 7;
+PRAGMA user_version = 8;

@@ -9,7 +9,7 @@ import pybase64
 from PIL.Image import Image
 
 from models.base import Model
-from server.queue.jobs import Job, Outcome
+from server.queue.jobs import Job, Outcome, Provenance
 from server.storage.file_store import StoredFile
 from server.worker import image_encoder
 from server.worker.interfaces import FileSink
@@ -25,11 +25,7 @@ class GeneratedImages:
     images: Sequence[Image]
     flags: Sequence[bool]
     seconds: float
-    acceleration: str
-    dtype: str
-    #: The form of the weights in their files, and the memory plan, by which they may be rounded.
-    form: str = ""
-    memory: str = ""
+    provenance: Provenance
 
 
 class ResultBuilder:
@@ -52,7 +48,7 @@ class ResultBuilder:
                 200,
                 answer.model_dump_json(),
                 inference_time=seconds,
-                acceleration=generated.acceleration,
+                provenance=generated.provenance,
                 files=tuple(files),
                 billable_units=sum(math.ceil(each.width * each.height / 1e6) for each in generated.images),
             )
@@ -88,8 +84,5 @@ class ResultBuilder:
             **model.metadata(request, request.seed + index),
             "width": image.width,
             "height": image.height,
-            "acceleration": generated.acceleration,
-            "dtype": generated.dtype,
-            "weights": generated.form,
-            "memory": generated.memory,
+            **generated.provenance,
         }

@@ -8,7 +8,7 @@ from typing import Any
 
 from models.base import Engine, GenerationFailed, GenerationTask, IncompatibleInput, Model
 from server.errors import InternalError, InvalidInput, ServerError
-from server.queue.jobs import Job, Outcome
+from server.queue.jobs import Job, Outcome, Provenance
 from server.worker.results import GeneratedImages
 
 log = logging.getLogger(__name__)
@@ -61,9 +61,8 @@ class RunningJob:
         """The generated images, once they are decoded and checked."""
         assert self.flags is not None
         task, info = self.task, self.engine.info()
-        return GeneratedImages(
-            task.images, self.flags, self.seconds, task.acceleration, task.dtype, info.form, info.memory
-        )
+        provenance = Provenance(acceleration=task.acceleration, dtype=task.dtype, weights=info.form, memory=info.memory)
+        return GeneratedImages(task.images, self.flags, self.seconds, provenance)
 
 
 def outcome_from_exception(error: Exception, job: Job) -> Outcome:

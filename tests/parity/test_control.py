@@ -15,10 +15,10 @@ from models.base import GenerationFailed
 from models.flux import control
 from models.flux.control import DepthEstimator
 from models.flux.engine import FluxEngine
-from models.flux.prompt_cache import count_text_tokens
 from models.flux_control import FluxLoraCannyInput, FluxLoraDepthInput
 from models.loading.hub import BadWeights
 from tests.support import tiny_flux
+from tests.support.diffusers_calls import image_of, pipeline_of
 from tests.support.tiny_flux import AllSafeChecker, difference, finish_task, tiers_of
 from tests.support.tiny_kinds import write_depth
 
@@ -38,22 +38,8 @@ def engine_of(pipeline: FluxPipeline, estimator: DepthEstimator | None = None) -
 
 
 def call_diffusers(dtype: torch.dtype, request: Any, image: Image, seed: int = 5) -> Image:
-    parts = dict(control_pipeline(dtype).components)
-    # The class has no parts for IP adapters.
-    del parts["image_encoder"], parts["feature_extractor"]
-    pipeline = FluxControlPipeline(**parts)
-    pipeline.set_progress_bar_config(disable=True)
-    expected: Image = pipeline(
-        prompt=request.prompt,
-        control_image=image,
-        width=image.width,
-        height=image.height,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        max_sequence_length=count_text_tokens(pipeline),
-    ).images[0]
-    return expected
+    pipeline = pipeline_of(FluxControlPipeline, control_pipeline(dtype).components)
+    return image_of(pipeline, request, image.size, seed=seed, control_image=image)
 
 
 @pytest.fixture

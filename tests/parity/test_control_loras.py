@@ -19,7 +19,6 @@ from models.flux import control, lora_weights
 from models.flux.control import DepthEstimator
 from models.flux.engine import FluxEngine
 from models.flux.loras import LoraManager
-from models.flux.prompt_cache import count_text_tokens
 from models.flux_control_lora import (
     FluxControlLoraCannyImageToImageInput,
     FluxControlLoraCannyInput,
@@ -28,6 +27,7 @@ from models.flux_control_lora import (
 )
 from models.flux_lora import FluxLoraInput
 from tests.support import tiny_flux
+from tests.support.diffusers_calls import image_of, pipeline_of
 from tests.support.tiny_flux import AllSafeChecker, AlwaysShare, difference, finish_task, tiers_of, write_lora
 from tests.support.tiny_kinds import write_control_lora, write_depth
 
@@ -80,29 +80,14 @@ def generate(engine: FluxEngine, request: Any, files: dict[str, Path]) -> Image:
 
 def call_diffusers(kind: Any, dtype: torch.dtype, request: Any, followed: Image, *adapters: tuple[Path, float]) -> Any:
     """Generate the request's image with a pipeline of diffusers and these LoRAs, of which the first is a control."""
-    parts = dict(tiny_flux.pipeline(dtype).components)
-    # The classes have no parts for IP adapters.
-    del parts["image_encoder"], parts["feature_extractor"]
-    pipeline = kind(**parts)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = pipeline_of(kind, tiny_flux.pipeline(dtype).components)
     for path, _ in adapters:
         pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=path.stem)
     pipeline.set_adapters([path.stem for path, _ in adapters], [scale for _, scale in adapters])
-    start = {}
+    start: dict[str, Any] = {}
     if kind is FluxControlImg2ImgPipeline:
-        with PIL.Image.open(adapters[0][0].parent / "start.png") as image:
-            start = {"image": image.copy(), "strength": request.strength}
-    return pipeline(
-        prompt=request.prompt,
-        control_image=followed,
-        width=SIZE[0],
-        height=SIZE[1],
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(5),
-        max_sequence_length=count_text_tokens(pipeline),
-        **start,
-    ).images[0]
+        start["image"] = PIL.Image.open(adapters[0][0].parent / "start.png")
+    return image_of(pipeline, request, SIZE, control_image=followed, **start)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

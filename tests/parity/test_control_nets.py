@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy
-import PIL.Image
 import pytest
 import torch
 from diffusers import (
@@ -20,15 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from models.base import GenerationFailed, IncompatibleInput
 from models.flux.control_nets import MODES, ControlNetManager, build
-from models.flux.engine import FluxEngine
-from models.flux.prompt_cache import count_text_tokens
 from models.flux_general import FluxGeneralImageToImageInput, FluxGeneralInpaintingInput, FluxGeneralInput
 from models.loading.memory_plans import PLANS
-from tests.support import tiny_flux
-from tests.support.tiny_flux import AllSafeChecker, difference, finish_task, tiers_of, write_lora
+from tests.support.general_bench import GeneralBench
+from tests.support.tiny_flux import difference, finish_task, write_lora
 from tests.support.tiny_kinds import control_net
 
-SIZE = (80, 64)
 KINDS = [
     (FluxGeneralInput, FluxControlNetPipeline),
     (FluxGeneralImageToImageInput, FluxControlNetImg2ImgPipeline),
@@ -37,80 +32,21 @@ KINDS = [
 DTYPES = [torch.bfloat16, torch.float32]
 
 
-class Bench:
-    """An engine on a transformer of three double and four single blocks, with images and control nets on disk."""
+class Bench(GeneralBench):
+    """An engine on a transformer of three double and four single blocks, to which control nets can be added."""
 
     def __init__(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
-        self.directory = directory
-        self.pipeline = tiny_flux.pipeline(dtype)
-        self.pipeline.transformer = tiny_flux.transformer(dtype, num_layers=3, num_single_layers=4)
-        self.engine = FluxEngine(self.pipeline, AllSafeChecker(), tiers_of(self.pipeline.transformer), "cpu")
-        self.nets: dict[str, FluxControlNetModel] = {}
-        rng = numpy.random.default_rng(3)
-        for name in ("image", "edges", "depths"):
-            pixels = rng.integers(0, 255, (*SIZE[::-1], 3), dtype=numpy.uint8)
-            PIL.Image.fromarray(pixels).save(directory / f"{name}.png")
-        mask = PIL.Image.new("L", SIZE)
-        mask.paste(255, (0, 0, SIZE[0] // 2, SIZE[1]))
-        mask.convert("RGB").save(directory / "mask.png")
+        super().__init__(directory, dtype, num_layers=3, num_single_layers=4)
 
     def add(self, name: str, seed: int, **changes: Any) -> FluxControlNetModel:
+        """Write a control net to the directory, and return it."""
         net = control_net(seed, self.pipeline.transformer, **changes)
         save_file(net.state_dict(), self.directory / f"{name}.safetensors")
-        self.nets[name] = net
         return net
 
-    def request(self, kind: Any, **fields: Any) -> Any:
-        body = {"prompt": "a fish", "num_inference_steps": 6, "image_size": {"width": SIZE[0], "height": SIZE[1]}}
-        urls = {f"{name}_url": name for name in ("image", "mask") if f"{name}_url" in kind.model_fields}
-        return kind.model_validate({**body, **urls, **fields})
-
-    def inputs(self, request: Any) -> dict[str, Path]:
-        """Return the request's files: here, its URLs are their names."""
-        found = {f"{name}_url": self.directory / f"{name}.png" for name in ("image", "mask")}
-        for place, net in enumerate(request.controlnets):
-            found[f"controlnets.{place}.path"] = self.directory / f"{net.path}.safetensors"
-            found[f"controlnets.{place}.image_url"] = self.directory / f"{net.image_url}.png"
-        for union in request.controlnet_unions:
-            found["controlnet_unions.0.path"] = self.directory / f"{union.path}.safetensors"
-            for place, control in enumerate(union.controls):
-                field = f"controlnet_unions.0.controls.{place}.control_image_url"
-                found[field] = self.directory / f"{control.control_image_url}.png"
-        found |= {
-            f"loras.{n}.path": self.directory / f"{lora.path}.safetensors" for n, lora in enumerate(request.loras)
-        }
-        return {name: path for name, path in found.items() if name.count(".") or hasattr(request, name)}
-
-    def generate(self, request: Any) -> Image:
-        (image,) = finish_task(self.engine, self.engine.start(request, 5, self.inputs(request)))
-        return image
-
-    def call_diffusers(self, kind: Any, net: Any, request: Any, **more: Any) -> Image:
-        parts = dict(self.pipeline.components)
-        if kind is not FluxControlNetPipeline:
-            del parts["image_encoder"], parts["feature_extractor"]
-        pipeline = kind(**parts, controlnet=net)
-        pipeline.set_progress_bar_config(disable=True)
-        if hasattr(request, "image_url"):
-            more |= {"image": self.image("image"), "strength": request.strength}
-        if hasattr(request, "mask_url"):
-            more["mask_image"] = self.image("mask")
-        if request.use_real_cfg:
-            more |= {"true_cfg_scale": request.real_cfg_scale, "negative_prompt": request.negative_prompt}
-        found: Image = pipeline(
-            prompt=request.prompt,
-            width=SIZE[0],
-            height=SIZE[1],
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(5),
-            max_sequence_length=count_text_tokens(pipeline),
-            **more,
-        ).images[0]
-        return found
-
-    def image(self, name: str) -> Image:
-        return PIL.Image.open(self.directory / f"{name}.png")
+    def expected(self, kind: Any, net: Any, request: Any, **more: Any) -> Image:
+        """Generate the request's image with a pipeline of diffusers."""
+        return self.call_diffusers(self.pipeline_of(kind, controlnet=net), request, **more)
 
 
 @pytest.fixture
@@ -118,7 +54,7 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
-def net_of(path: str = "net", image: str = "edges", **more: Any) -> dict[str, Any]:
+def net_of(path: str = "net", image: str = "first", **more: Any) -> dict[str, Any]:
     return {"path": path, "image_url": image, **more}
 
 
@@ -129,8 +65,8 @@ def test_a_control_net_equals_the_pipeline(tmp_path: Path, dtype: torch.dtype, k
     net = bench.add("net", 1, num_layers=2, guidance_embeds=True)
     request = bench.request(kind, controlnets=[net_of(conditioning_scale=0.7)])
     found = bench.generate(request)
-    expected = bench.call_diffusers(
-        pipeline, net, request, control_image=bench.image("edges"), controlnet_conditioning_scale=0.7
+    expected = bench.expected(
+        pipeline, net, request, control_image=bench.image("first"), controlnet_conditioning_scale=0.7
     )
     assert difference(found, expected) == 0
     assert difference(found, bench.generate(bench.request(kind))) > 0
@@ -145,9 +81,7 @@ def test_the_share_of_the_steps_equals_the_pipeline(tmp_path: Path, dtype: torch
         request = bench.request(FluxGeneralInput, controlnets=[net_of(start_percentage=start, end_percentage=end)])
         images.append(bench.generate(request))
         shares = {"control_guidance_start": start, "control_guidance_end": end}
-        expected = bench.call_diffusers(
-            FluxControlNetPipeline, net, request, control_image=bench.image("edges"), **shares
-        )
+        expected = bench.expected(FluxControlNetPipeline, net, request, control_image=bench.image("first"), **shares)
         assert difference(images[-1], expected) == 0
     assert len({image.tobytes() for image in images}) == len(images)
 
@@ -157,13 +91,13 @@ def test_several_control_nets_equal_the_pipeline(tmp_path: Path, dtype: torch.dt
     bench = Bench(tmp_path, dtype)
     nets = [bench.add("net", 1), bench.add("other", 2)]
     request = bench.request(
-        FluxGeneralInput, controlnets=[net_of(), net_of("other", "depths", conditioning_scale=0.4, end_percentage=0.6)]
+        FluxGeneralInput, controlnets=[net_of(), net_of("other", "second", conditioning_scale=0.4, end_percentage=0.6)]
     )
-    expected = bench.call_diffusers(
+    expected = bench.expected(
         FluxControlNetPipeline,
         FluxMultiControlNetModel(nets),
         request,
-        control_image=[bench.image("edges"), bench.image("depths")],
+        control_image=[bench.image("first"), bench.image("second")],
         controlnet_conditioning_scale=[1.0, 0.4],
         control_guidance_start=[0.0, 0.0],
         control_guidance_end=[1.0, 0.6],
@@ -176,16 +110,16 @@ def test_a_union_equals_the_pipeline(tmp_path: Path, dtype: torch.dtype) -> None
     bench = Bench(tmp_path, dtype)
     net = bench.add("net", 1, num_mode=10)
     controls: list[dict[str, Any]] = [
-        {"control_image_url": "edges", "control_mode": "canny", "conditioning_scale": 0.8},
-        {"control_image_url": "depths", "control_mode": "depth"},
+        {"control_image_url": "first", "control_mode": "canny", "conditioning_scale": 0.8},
+        {"control_image_url": "second", "control_mode": "depth"},
     ]
     request = bench.request(FluxGeneralInput, controlnet_unions=[{"path": "net", "controls": controls}])
     found = bench.generate(request)
-    expected = bench.call_diffusers(
+    expected = bench.expected(
         FluxControlNetPipeline,
         FluxMultiControlNetModel([net]),
         request,
-        control_image=[bench.image("edges"), bench.image("depths")],
+        control_image=[bench.image("first"), bench.image("second")],
         control_mode=[MODES.index("canny"), MODES.index("depth")],
         controlnet_conditioning_scale=[0.8, 1.0],
         control_guidance_start=[0.0, 0.0],
@@ -203,7 +137,7 @@ def test_a_control_net_for_pixels_equals_the_pipeline(tmp_path: Path, dtype: tor
     # A token has the channels of 2 x 2 hints, as many as the transformer takes.
     net = bench.add("net", 1, num_layers=2, num_single_layers=0, conditioning_embedding_channels=4, patch_size=2)
     request = bench.request(FluxGeneralInput, controlnets=[net_of()])
-    expected = bench.call_diffusers(FluxControlNetPipeline, net, request, control_image=bench.image("edges"))
+    expected = bench.expected(FluxControlNetPipeline, net, request, control_image=bench.image("first"))
     assert difference(bench.generate(request), expected) == 0
 
 
@@ -212,7 +146,7 @@ def test_real_guidance_with_a_control_net_equals_the_pipeline(bench: Bench) -> N
     request = bench.request(
         FluxGeneralInput, controlnets=[net_of()], use_real_cfg=True, real_cfg_scale=2.5, negative_prompt="a tree"
     )
-    expected = bench.call_diffusers(FluxControlNetPipeline, net, request, control_image=bench.image("edges"))
+    expected = bench.expected(FluxControlNetPipeline, net, request, control_image=bench.image("first"))
     assert difference(bench.generate(request), expected) == 0
 
 
@@ -231,9 +165,7 @@ def test_a_lora_and_a_control_net_together(bench: Bench) -> None:
 def test_the_work_of_a_control_net_is_counted(bench: Bench) -> None:
     bench.add("net", 1)
     request = bench.request(FluxGeneralInput, controlnets=[net_of(), net_of()])
-    task, plain = (
-        bench.engine.start(each, 5, bench.inputs(each)) for each in (request, bench.request(FluxGeneralInput))
-    )
+    task, plain = (bench.start(each) for each in (request, bench.request(FluxGeneralInput)))
     bench.engine.advance(task)
     assert plain.step_work < task.step_work < 3 * plain.step_work
 
@@ -329,7 +261,7 @@ def test_a_control_net_that_another_task_evicts_is_loaded_again(bench: Bench) ->
     manager = bench.engine.image_adapters.control_nets = ControlNetManager(bench.pipeline, kept_bytes=num_bytes)
     requests = [bench.request(FluxGeneralInput, controlnets=[net_of(f"net{seed}")]) for seed in range(2)]
     expected = [bench.generate(request) for request in requests]
-    tasks = [bench.engine.start(request, 5, bench.inputs(request)) for request in requests]
+    tasks = [bench.start(request) for request in requests]
     while tasks[0].step < tasks[0].num_steps:
         for task in tasks:
             bench.engine.advance(task)
@@ -341,7 +273,7 @@ def test_a_control_net_that_another_task_evicts_is_loaded_again(bench: Bench) ->
 
 def test_a_loaded_union_outside_of_its_field_is_refused(bench: Bench) -> None:
     bench.add("net", 1, num_mode=10)
-    controls = [{"control_image_url": "edges", "control_mode": "canny"}]
+    controls = [{"control_image_url": "first", "control_mode": "canny"}]
     bench.generate(bench.request(FluxGeneralInput, controlnet_unions=[{"path": "net", "controls": controls}]))
     with pytest.raises(IncompatibleInput, match="controlnet_unions") as error:
         bench.generate(bench.request(FluxGeneralInput, controlnets=[net_of()]))

@@ -24,9 +24,9 @@ from models.flux import control
 from models.flux.control import DepthEstimator
 from models.flux.engine import FluxEngine
 from models.flux.loras import LoraManager
-from models.flux.prompt_cache import count_text_tokens
 from models.flux_general import FluxGeneralImageToImageInput, FluxGeneralInpaintingInput, FluxGeneralInput
 from tests.support import tiny_flux
+from tests.support.diffusers_calls import image_of, pipeline_of
 from tests.support.tiny_flux import AllSafeChecker, AlwaysShare, difference, finish_task, tiers_of, write_lora
 from tests.support.tiny_kinds import write_control_lora, write_depth
 
@@ -82,34 +82,18 @@ def generate(engine: FluxEngine, request: Any, files: dict[str, Path]) -> Image:
 def call_diffusers(kind: Any, dtype: torch.dtype, request: Any, files: dict[str, Path], **more: Any) -> Image:
     """Generate the request's image with a pipeline of diffusers."""
     parts = dict(tiny_flux.pipeline(dtype).components)
-    if "Control" in kind.__name__:
-        # These classes have no parts for IP adapters.
-        del parts["image_encoder"], parts["feature_extractor"]
     shifts = {"base_shift": request.base_shift, "max_shift": request.max_shift}
     parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_config(parts["scheduler"].config, **shifts)
-    pipeline = kind(**parts)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = pipeline_of(kind, parts)
     if request.control_loras:
         pipeline.load_lora_weights(str(files["control"].parent), weight_name="control.safetensors", adapter_name="c")
         pipeline.set_adapters(["c"], [request.control_loras[0].scale])
         more["control_image"] = PIL.Image.open(files["image"])
     if hasattr(request, "image_url"):
-        more |= {"image": PIL.Image.open(files["image"]), "strength": request.strength}
+        more["image"] = PIL.Image.open(files["image"])
     if hasattr(request, "mask_url"):
         more["mask_image"] = PIL.Image.open(files["mask"])
-    if request.use_real_cfg:
-        more |= {"true_cfg_scale": request.real_cfg_scale, "negative_prompt": request.negative_prompt}
-    found: Image = pipeline(
-        prompt=request.prompt,
-        width=SIZE[0],
-        height=SIZE[1],
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(5),
-        max_sequence_length=count_text_tokens(pipeline),
-        **more,
-    ).images[0]
-    return found
+    return image_of(pipeline, request, SIZE, **more)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

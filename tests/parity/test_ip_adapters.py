@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy
-import PIL.Image
 import pytest
 import torch
 from diffusers import FluxControlNetPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
@@ -13,16 +11,13 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from models.base import IncompatibleInput
-from models.flux.engine import FluxEngine
-from models.flux.image_adapters import AdapterImages
+from models.flux.image_adapters import AdapterImages, ImageAdapters
 from models.flux.ip_adapters import IPAdapterManager
-from models.flux.prompt_cache import count_text_tokens
 from models.flux_general import FluxGeneralImageToImageInput, FluxGeneralInpaintingInput, FluxGeneralInput
-from tests.support import tiny_flux
-from tests.support.tiny_flux import AllSafeChecker, difference, finish_task, tiers_of, write_lora
+from tests.support.general_bench import GeneralBench
+from tests.support.tiny_flux import difference, finish_task, write_lora
 from tests.support.tiny_kinds import control_net, ip_adapter, write_clip_vision
 
-SIZE = (80, 64)
 KINDS = [
     (FluxGeneralInput, FluxPipeline),
     (FluxGeneralImageToImageInput, FluxImg2ImgPipeline),
@@ -31,62 +26,18 @@ KINDS = [
 DTYPES = [torch.bfloat16, torch.float32]
 
 
-class Bench:
-    """An engine on a transformer of two double blocks, with images, IP adapters and CLIP's vision model on disk."""
+class Bench(GeneralBench):
+    """An engine on a transformer of two double blocks, with two IP adapters and CLIP's vision model on disk."""
 
     def __init__(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
-        self.directory, self.dtype = directory, dtype
         write_clip_vision(directory / "clip")
-        self.pipeline = tiny_flux.pipeline(dtype)
-        self.pipeline.transformer = tiny_flux.transformer(dtype, num_layers=2)
-        self.engine = FluxEngine(
-            self.pipeline,
-            AllSafeChecker(),
-            tiers_of(self.pipeline.transformer),
-            "cpu",
-            clip_vision=directory / "clip",
-        )
-        rng = numpy.random.default_rng(3)
-        for name in ("image", "first", "second"):
-            pixels = rng.integers(0, 255, (*SIZE[::-1], 3), dtype=numpy.uint8)
-            PIL.Image.fromarray(pixels).save(directory / f"{name}.png")
-        mask = PIL.Image.new("L", SIZE)
-        mask.paste(255, (0, 0, SIZE[0] // 2, SIZE[1]))
-        mask.convert("RGB").save(directory / "mask.png")
+        super().__init__(directory, dtype, directory / "clip", num_layers=2)
         for seed, name in enumerate(("adapter", "other")):
             save_file(ip_adapter(seed, self.pipeline.transformer), directory / f"{name}.safetensors")
 
-    def request(self, kind: Any, **fields: Any) -> Any:
-        body = {"prompt": "a fish", "num_inference_steps": 4, "image_size": {"width": SIZE[0], "height": SIZE[1]}}
-        urls = {f"{name}_url": name for name in ("image", "mask") if f"{name}_url" in kind.model_fields}
-        return kind.model_validate({**body, **urls, **fields})
-
-    def inputs(self, request: Any) -> dict[str, Path]:
-        """Return the request's files: here, its URLs are their names."""
-        names = (name for name in ("image", "mask") if hasattr(request, f"{name}_url"))
-        found = {f"{name}_url": self.directory / f"{name}.png" for name in names}
-        for place, adapter in enumerate(request.ip_adapters):
-            found[f"ip_adapters.{place}.path"] = self.directory / f"{adapter.path}.safetensors"
-            found[f"ip_adapters.{place}.ip_adapter_image_url"] = self.directory / f"{adapter.ip_adapter_image_url}.png"
-        for place, net in enumerate(request.controlnets):
-            found[f"controlnets.{place}.path"] = self.directory / f"{net.path}.safetensors"
-            found[f"controlnets.{place}.image_url"] = self.directory / f"{net.image_url}.png"
-        return found | {
-            f"loras.{n}.path": self.directory / f"{lora.path}.safetensors" for n, lora in enumerate(request.loras)
-        }
-
-    def generate(self, request: Any) -> Image:
-        (image,) = finish_task(self.engine, self.engine.start(request, 5, self.inputs(request)))
-        return image
-
-    def image(self, name: str) -> Image:
-        return PIL.Image.open(self.directory / f"{name}.png")
-
-    def call_diffusers(self, kind: Any, request: Any, parts: dict[str, Any], **more: Any) -> Image:
+    def expected(self, kind: Any, request: Any, parts: dict[str, Any], **more: Any) -> Image:
         """Generate the request's image with a pipeline of diffusers, on weights that only this call changes."""
-        transformer = tiny_flux.transformer(self.dtype, num_layers=2)
-        pipeline = kind(**{**self.pipeline.components, "transformer": transformer, **parts})
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = self.pipeline_of(kind, transformer=self.new_transformer(), **parts)
         pipeline.load_ip_adapter(
             [str(self.directory)] * len(request.ip_adapters),
             weight_name=[f"{adapter.path}.safetensors" for adapter in request.ip_adapters],
@@ -95,24 +46,8 @@ class Bench:
         )
         scales = [adapter.scale for adapter in request.ip_adapters]
         pipeline.set_ip_adapter_scale(scales if len(scales) > 1 else scales[0])
-        if hasattr(request, "image_url"):
-            more |= {"image": self.image("image"), "strength": request.strength}
-        if hasattr(request, "mask_url"):
-            more["mask_image"] = self.image("mask")
-        if request.use_real_cfg:
-            more |= {"true_cfg_scale": request.real_cfg_scale, "negative_prompt": request.negative_prompt}
-        found: Image = pipeline(
-            prompt=request.prompt,
-            ip_adapter_image=[self.image(adapter.ip_adapter_image_url) for adapter in request.ip_adapters],
-            width=SIZE[0],
-            height=SIZE[1],
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(5),
-            max_sequence_length=count_text_tokens(pipeline),
-            **more,
-        ).images[0]
-        return found
+        prompts = [self.image(adapter.ip_adapter_image_url) for adapter in request.ip_adapters]
+        return self.call_diffusers(pipeline, request, ip_adapter_image=prompts, **more)
 
 
 def adapter_of(path: str = "adapter", image: Any = "first", **more: Any) -> dict[str, Any]:
@@ -131,7 +66,7 @@ def test_an_ip_adapter_equals_the_pipeline(tmp_path: Path, dtype: torch.dtype, k
     request = bench.request(kind, ip_adapters=[adapter_of(scale=0.7)])
     plain = bench.generate(bench.request(kind))
     found = bench.generate(request)
-    assert difference(found, bench.call_diffusers(pipeline, request, {})) == 0
+    assert difference(found, bench.expected(pipeline, request, {})) == 0
     assert difference(found, plain) > 0
     assert difference(bench.generate(bench.request(kind)), plain) == 0
 
@@ -140,7 +75,7 @@ def test_an_ip_adapter_equals_the_pipeline(tmp_path: Path, dtype: torch.dtype, k
 def test_several_ip_adapters_equal_the_pipeline(tmp_path: Path, dtype: torch.dtype) -> None:
     bench = Bench(tmp_path, dtype)
     request = bench.request(FluxGeneralInput, ip_adapters=[adapter_of(scale=0.4), adapter_of("other", "second")])
-    assert difference(bench.generate(request), bench.call_diffusers(FluxPipeline, request, {})) == 0
+    assert difference(bench.generate(request), bench.expected(FluxPipeline, request, {})) == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -148,7 +83,7 @@ def test_real_guidance_with_an_ip_adapter_equals_the_pipeline(tmp_path: Path, dt
     bench = Bench(tmp_path, dtype)
     guidance = {"use_real_cfg": True, "real_cfg_scale": 2.5, "negative_prompt": "a tree"}
     request = bench.request(FluxGeneralInput, ip_adapters=[adapter_of()], **guidance)
-    assert difference(bench.generate(request), bench.call_diffusers(FluxPipeline, request, {})) == 0
+    assert difference(bench.generate(request), bench.expected(FluxPipeline, request, {})) == 0
 
 
 def test_a_control_net_and_an_ip_adapter_equal_the_pipeline(bench: Bench) -> None:
@@ -157,9 +92,7 @@ def test_a_control_net_and_an_ip_adapter_equal_the_pipeline(bench: Bench) -> Non
     request = bench.request(
         FluxGeneralInput, ip_adapters=[adapter_of()], controlnets=[{"path": "net", "image_url": "second"}]
     )
-    expected = bench.call_diffusers(
-        FluxControlNetPipeline, request, {"controlnet": net}, control_image=bench.image("second")
-    )
+    expected = bench.expected(FluxControlNetPipeline, request, {"controlnet": net}, control_image=bench.image("second"))
     assert difference(bench.generate(request), expected) == 0
 
 
@@ -176,9 +109,9 @@ def test_a_lora_and_an_ip_adapter_together(bench: Bench) -> None:
 
 def test_several_images_each_see_the_prompt(bench: Bench) -> None:
     request = bench.request(FluxGeneralInput, ip_adapters=[adapter_of()], num_images=2)
-    images = finish_task(bench.engine, bench.engine.start(request, 5, bench.inputs(request)))
+    images = finish_task(bench.engine, bench.start(request))
     single = bench.request(FluxGeneralInput, ip_adapters=[adapter_of()])
-    (second,) = finish_task(bench.engine, bench.engine.start(single, 6, bench.inputs(single)))
+    (second,) = finish_task(bench.engine, bench.start(single, 6))
     assert difference(images[1], second) == 0 and difference(*images) > 0
 
 
@@ -193,10 +126,10 @@ def test_ip_adapters_are_evicted_and_come_back(bench: Bench) -> None:
 
 
 def test_ip_adapters_need_clips_vision_model(bench: Bench) -> None:
-    engine = FluxEngine(bench.pipeline, AllSafeChecker(), tiers_of(bench.pipeline.transformer), "cpu")
+    bench.engine.image_adapters = ImageAdapters(bench.pipeline, None)
     request = bench.request(FluxGeneralInput, ip_adapters=[adapter_of()])
     with pytest.raises(IncompatibleInput, match="openai/clip-vit-large-patch14 is missing here") as error:
-        engine.start(request, 5, bench.inputs(request))
+        bench.start(request)
     assert error.value.loc == ("ip_adapters", 0, "path")
 
 
@@ -246,7 +179,7 @@ def test_an_ip_adapter_that_another_task_evicts_is_loaded_again(bench: Bench) ->
     )
     requests = [bench.request(FluxGeneralInput, ip_adapters=[adapter_of(path)]) for path in ("adapter", "other")]
     expected = [bench.generate(request) for request in requests]
-    tasks = [bench.engine.start(request, 5, bench.inputs(request)) for request in requests]
+    tasks = [bench.start(request) for request in requests]
     while tasks[0].step < tasks[0].num_steps:
         for task in tasks:
             bench.engine.advance(task)

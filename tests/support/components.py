@@ -14,7 +14,7 @@ from models.image_size import Limits
 from server.inputs.cache import INPUTS, InputCache, size_of
 from server.inputs.resolver import InputResolver
 from server.net.outbound import OutboundClient
-from server.queue.jobs import Job, Outcome, State, Submission
+from server.queue.jobs import Job, Outcome, Provenance, State, Submission
 from server.queue.notifier import Notifier
 from server.queue.pending_storage import PendingStorage
 from server.queue.queue import Queue
@@ -106,9 +106,13 @@ def submission(endpoint: str = "test/null", *, fields: dict[str, Any] | None = N
     return dataclasses.replace(default, **changes)
 
 
+#: How the images of `success` were made.
+PROVENANCE = Provenance(acceleration="none", dtype="float32", weights="safetensors", memory="resident")
+
+
 def success(body: str = '{"seed":7}', *files: StoredFile) -> Outcome:
     """Build the outcome of a job that succeeded."""
-    return Outcome(200, body, inference_time=1.5, acceleration="none", files=files)
+    return Outcome(200, body, inference_time=1.5, provenance=PROVENANCE, files=files)
 
 
 def claim_job(components: Components, **changes: Any) -> Job:

@@ -52,7 +52,7 @@ def test_times_of_the_last_day_are_grouped_by_size_and_tier(components: Componen
         ('{"images": "' + "x" * 20_000 + '"}', "none", 7.0),
         ("{damaged", "none", 9.0),
     ]:
-        outcome = Outcome(200, body, inference_time=seconds, acceleration=tier)
+        outcome = Outcome(200, body, inference_time=seconds, provenance={"acceleration": tier})
         components.queue.finish(claim_job(components), outcome)
     components.clock.now += DAY - 10
     assert load_overview(components.database, components.clock.now)["times"] == [

@@ -28,6 +28,15 @@ class QueueMetrics(TypedDict):
 
     inference_time: NotRequired[Annotated[float, Field(description="The seconds of computation.")]]
     acceleration: NotRequired[Annotated[str, Field(description="The acceleration that the request ran with.")]]
+    dtype: NotRequired[Annotated[str, Field(description="The number type of the computation, such as bfloat16.")]]
+    weights: NotRequired[
+        Annotated[str, Field(description="The form of the weights in their files, such as safetensors or GGUF Q4_0.")]
+    ]
+    memory: NotRequired[
+        Annotated[
+            str, Field(description="The memory plan. Some plans quantize the weights: fp8, fp8-storage, int8, int4.")
+        ]
+    ]
 
 
 class QueueStatus(TypedDict):

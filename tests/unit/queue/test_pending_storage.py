@@ -9,7 +9,7 @@ from pydantic_core import to_json
 from models.flux_dev import FluxDevInput
 from models.flux_lora import FluxLoraInpaintingInput
 from models.schema import EXAMPLE_IMAGE, EXAMPLE_MASK
-from server.errors import QueueFull
+from server.errors import InvalidInput, QueueFull
 from server.queue.jobs import Job
 from server.queue.pending_storage import PendingStorage
 from server.queue.queue import Queue
@@ -82,10 +82,23 @@ def test_prompts_without_files_also_count_towards_the_limit_of_their_owner(tmp_p
         asyncio.run(resolve_inputs(components, "you"))
 
 
+WITH_TWO_FILES = FluxLoraInpaintingInput(prompt="x", image_url=EXAMPLE_IMAGE, mask_url=EXAMPLE_MASK)
+
+
 def test_no_more_files_are_fetched_when_the_limit_of_their_owner_is_reached(tmp_path: Path) -> None:
     with open_components(tmp_path) as components:
-        components.inputs._max_bytes_per_owner = 10
-        request = FluxLoraInpaintingInput(prompt="x", image_url=EXAMPLE_IMAGE, mask_url=EXAMPLE_MASK)
+        components.queue.submit(submission(input=to_json({"prompt": "x" * 20_000}).decode(), owner="me"))
+        components.inputs._max_bytes_per_owner = 20_100
         with pytest.raises(QueueFull, match="--max-uploads-gb"):
-            asyncio.run(components.inputs.resolve(request, "me"))
+            asyncio.run(components.inputs.resolve(WITH_TWO_FILES, "me"))
+        assert len(list((components.data_dir / "inputs").iterdir())) == 1
+
+
+def test_files_that_exceed_the_limit_alone_are_invalid_however_often_they_are_sent(tmp_path: Path) -> None:
+    with open_components(tmp_path) as components:
+        components.inputs._max_bytes_per_owner = 10
+        with pytest.raises(InvalidInput, match="larger than 1e-08 GB together") as refused:
+            asyncio.run(components.inputs.resolve(WITH_TWO_FILES, "me"))
+        (entry,) = refused.value.detail
+        assert (entry["type"], entry["loc"]) == ("file_too_large", ["body", "image_url"])
         assert len(list((components.data_dir / "inputs").iterdir())) == 1

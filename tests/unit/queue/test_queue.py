@@ -18,6 +18,7 @@ from server.storage.database import Database
 from server.storage.file_store import Lifecycle, StoredFile
 from server.storage.migrations import DataDirInUse
 from tests.support.components import (
+    PROVENANCE,
     Clock,
     Components,
     claim_job,
@@ -81,8 +82,8 @@ def test_finish_stores_result_logs_timings_files_and_the_due_webhook(components:
     assert components.queue.finish(job, success('{"seed":7}', file))
     outcome = components.queue.result(job)
     assert (outcome.status, outcome.body, outcome.inference_time) == (200, '{"seed":7}', 1.5)
-    ((finished_at, acceleration, logs),) = components.rows("SELECT finished_at, acceleration, logs FROM jobs")
-    assert (finished_at, acceleration) == (components.clock.now, "none")
+    ((finished_at, provenance, logs),) = components.rows("SELECT finished_at, provenance, logs FROM jobs")
+    assert (finished_at, json.loads(provenance)) == (components.clock.now, PROVENANCE)
     assert [line["message"] for line in json.loads(logs)] == ["step 1/2"]
     row = ("a.png", job.request_id, "me", 3, "image/png", None, 1, components.clock.now, 5.0)
     assert components.rows("SELECT * FROM files") == [row]
@@ -497,7 +498,7 @@ def test_a_job_evicted_from_memory_is_read_from_its_row(
     finish_job(components)
     assert components.queue.get_cached(job.request_id) is None
     loaded = components.queue.get(job.request_id)
-    assert loaded and (loaded.state, loaded.inference_time, loaded.acceleration) == (State.COMPLETED, 1.5, "none")
+    assert loaded and (loaded.state, loaded.inference_time, loaded.provenance) == (State.COMPLETED, 1.5, PROVENANCE)
     assert [line["message"] for line in loaded.logs] == ["step 1/1"]
     assert components.queue.cancel(loaded) == State.COMPLETED
     assert components.queue.result(loaded).status == 200

@@ -135,7 +135,7 @@ def test_a_job_advances_one_step_at_a_time(components: Components) -> None:
     assert (job.state, job.step, components.stored_file_names()) == (State.IN_PROGRESS, 2, [])
     # Decoding is a separate iteration, so that other jobs can advance in the meantime.
     assert worker.run_once()
-    assert (job.state, job.step, job.acceleration) == (State.COMPLETED, 2, "none")
+    assert (job.state, job.step, job.provenance["acceleration"]) == (State.COMPLETED, 2, "none")
     assert [line["message"] for line in job.logs] == ["step 1/2", "step 2/2"]
     assert not worker.run_once()
 
