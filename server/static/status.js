@@ -119,7 +119,7 @@ function plot(minutes, [label, valueOf, format]) {
   chart.setAttribute("role", "img");
   const peak = known.length ? `peak ${format(highest)}` : "no data yet";
   chart.setAttribute("aria-label", `${label}, last hour: ${peak}`);
-  const scale = element("p", { className: "scale" }, ...["1 hour ago", peak, "now"].map((text) => element("span", { textContent: text })));
+  const scale = element("p", { className: "axis" }, ...["1 hour ago", peak, "now"].map((text) => element("span", { textContent: text })));
   return element("figure", {}, element("figcaption", { textContent: label }), chart, scale);
 }
 
