@@ -123,7 +123,8 @@ clean:
 
 build/cuda/installed.done: pyproject.toml $(wildcard constraints/*.txt)
 	$(PYTHON) -m venv --clear build/cuda
-	build/cuda/bin/python -m pip --disable-pip-version-check install -q --no-compile -c constraints/cuda.txt -e '.[dev,quantize]'
+	build/cuda/bin/python -m pip --disable-pip-version-check install -q --no-compile -c constraints/cuda.txt \
+		-e '.[dev,quantize]' bitsandbytes
 	touch $@
 
 build/peers/installed.done: bench/peer_servers/requirements.txt

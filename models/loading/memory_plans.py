@@ -10,6 +10,8 @@ from models.loading import fp8, placement, quantization
 #: 1024x1024 takes 1.7 GB, simulated with PyTorch's fake tensors. The rest is for the CUDA context, the libraries'
 #: workspaces and fragmentation. Not yet measured on a GPU.
 RESERVE = 0.09
+#: The size of FLUX.1's weights in bf16, a little less than with all of its small components.
+_EXACT_BYTES = 33e9
 #: The size of FLUX.1's transformer in 8 bits as a share of its size in bf16. The matrices of its norms, 27 % of the
 #: transformer, stay in bf16.
 FP8_SHARE = 0.64
@@ -106,9 +108,18 @@ class Plan:
         raise PlanFailed(self, reason)
 
 
-def _always(sizes: Mapping[str, int], reserve: float = RESERVE) -> float:
+def _reserve(sizes: Mapping[str, int], share: float = RESERVE) -> float:
+    """Return the bytes in addition to the weights.
+
+    A generation takes as much with weights that are quantized in their files, whose sizes are smaller. Models smaller
+    than FLUX.1 take less.
+    """
+    return max(share * sum(sizes.values()), min(share * _EXACT_BYTES, sizes.get("transformer", 0) / 2))
+
+
+def _always(sizes: Mapping[str, int], share: float = RESERVE) -> float:
     """Return the bytes that every plan needs: those of the small components, and the reserve."""
-    return sum(size for name, size in sizes.items() if name not in _TWO_BLOCKS) + reserve * sum(sizes.values())
+    return sum(size for name, size in sizes.items() if name not in _TWO_BLOCKS) + _reserve(sizes, share)
 
 
 def _blocks(sizes: Mapping[str, int], name: str) -> float:
@@ -140,7 +151,7 @@ PLANS = (
     Plan(
         "resident",
         "all weights on the device",
-        lambda sizes: sum(sizes.values()) * (1 + RESERVE),
+        lambda sizes: sum(sizes.values()) + _reserve(sizes),
         placement.resident,
         is_resident=True,
     ),
