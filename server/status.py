@@ -41,7 +41,7 @@ _TIMES = """
         count(*) AS requests,
         avg(inference_time) AS mean, min(inference_time) AS fastest, max(inference_time) AS slowest
     FROM (
-        SELECT iif(json_valid(provenance), provenance ->> 'acceleration', NULL) AS acceleration, inference_time,
+        SELECT acceleration, inference_time,
             iif(output_size = 0 AND json_valid(output), json_extract(output, '$.images[0].width'), NULL) AS width,
             iif(output_size = 0 AND json_valid(output), json_extract(output, '$.images[0].height'), NULL) AS height
         FROM jobs WHERE state = 'COMPLETED' AND status = 200 AND finished_at > ? AND inference_time IS NOT NULL

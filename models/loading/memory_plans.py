@@ -10,7 +10,7 @@ from models.loading import fp8, placement, quantization
 #: 1024x1024 takes 1.7 GB, simulated with PyTorch's fake tensors. The rest is for the CUDA context, the libraries'
 #: workspaces and fragmentation. Not yet measured on a GPU.
 RESERVE = 0.09
-#: The size of FLUX.1's weights in bf16, a little less than with all of its small components.
+#: The size of FLUX.1's transformer and T5 in bf16: a little less than all weights, whose reserve thus does not change.
 _EXACT_BYTES = 33e9
 #: The size of FLUX.1's transformer in 8 bits as a share of its size in bf16. The matrices of its norms, 27 % of the
 #: transformer, stay in bf16.
@@ -112,9 +112,9 @@ def _reserve(sizes: Mapping[str, int], share: float = RESERVE) -> float:
     """Return the bytes in addition to the weights.
 
     A generation takes as much with weights that are quantized in their files, whose sizes are smaller. Models smaller
-    than FLUX.1 take less.
+    than FLUX.1 take less, at most as much as their transformer.
     """
-    return max(share * sum(sizes.values()), min(share * _EXACT_BYTES, sizes.get("transformer", 0) / 2))
+    return max(share * sum(sizes.values()), min(share * _EXACT_BYTES, sizes.get("transformer", 0)))
 
 
 def _always(sizes: Mapping[str, int], share: float = RESERVE) -> float:

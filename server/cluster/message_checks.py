@@ -9,7 +9,7 @@ from pydantic_core import from_json
 
 from models.base import LoadProgress
 from server.cluster import messages
-from server.queue.jobs import Job, Outcome, Provenance
+from server.queue.jobs import PROVENANCE, Job, Outcome
 from server.storage.file_store import StoredFile, is_file_name
 
 #: Maximum characters of an outcome's body; SQLite holds up to 10**9 bytes.
@@ -108,11 +108,12 @@ def _check_outcome(outcome: Outcome) -> None:
     _require(outcome.status == _OK or outcome.status in _ERRORS, f"status {outcome.status}, which no request ends with")
     _require(_is_text(outcome.body, MAX_BODY), f"an answer that is not text, or has more than {MAX_BODY} characters")
     _require(_is_object(outcome.body), "an answer that is not a JSON object")
-    is_provenance = isinstance(outcome.provenance, dict) and set(outcome.provenance) <= Provenance.__optional_keys__
-    _require(is_provenance, "an invalid provenance")
-    texts = (outcome.error, outcome.error_type, *outcome.provenance.values())
+    is_provenance = isinstance(outcome.provenance, dict) and set(outcome.provenance) <= set(PROVENANCE)
+    are_words = is_provenance and all(_is_text(word, _MAX_WORD) for word in outcome.provenance.values())
+    _require(are_words, "an invalid provenance")
+    texts = (outcome.error, outcome.error_type)
     are_texts = all(text is None or _is_text(text, MAX_LINE) for text in texts)
-    _require(are_texts, "an error or provenance that is not a short text")
+    _require(are_texts, "an error that is not a short text")
     _require(outcome.inference_time is None or _is_time(outcome.inference_time), "an invalid inference time")
     _require(_is_count(outcome.billable_units, _MAX_UNITS), "invalid billable units")
 

@@ -55,6 +55,10 @@ class InputCache:
         """Return the path of the input file with this name."""
         return self._directory / name
 
+    def size(self, name: str) -> int:
+        """Return the size of the input file with this name in bytes; 0 if it does not exist."""
+        return size_of(self._directory, name)
+
     def temp_path(self) -> Path:
         """Return a new path for a file that is not complete yet."""
         return self._directory / f"{secrets.token_hex(8)}.part"
@@ -131,10 +135,6 @@ class InputCache:
                 return False
             path.unlink(missing_ok=True)
             return True
-
-    def size(self, name: str) -> int:
-        """Return the size of the input file with this name in bytes; 0 if it does not exist."""
-        return size_of(self._directory, name)
 
 
 def size_of(directory: Path, name: str) -> int:

@@ -106,7 +106,7 @@ class InputResolver:
         the owner's unfinished requests would need too much disk space; InternalError if a file could not be checked;
         and DiskFull.
         """
-        self._check_space(owner, (), ())
+        self._check_space(owner, ())
         # A file that the request refers to twice is fetched once.
         names: dict[tuple[str, str], str] = {}
         input_files: dict[str, str] = {}
@@ -116,19 +116,23 @@ class InputResolver:
                     names[kind, url] = await self._resolve_one(url, owner, kind, loc, body)
                     hold(names[kind, url])
                     # Check after each file, because a request can refer to many large ones.
-                    self._check_space(owner, set(names.values()), loc)
+                    self._check_space(owner, set(names.values()), loc, url)
                 input_files[".".join(map(str, loc))] = names[kind, url]
         return input_files
 
-    def _check_space(self, owner: str, names: Collection[str], loc: Loc) -> None:
+    def _check_space(self, owner: str, names: Collection[str], loc: Loc = (), url: str = "") -> None:
         """Check that the owner's unfinished requests may need these files of a request too.
 
-        Raises QueueFull, and InvalidInput at `loc` if the files are too large even without other requests.
+        Raises QueueFull, and InvalidInput if the files are too large even without other requests: `loc` and `url` are
+        the last file's.
         """
         max_bytes = self._max_bytes_per_owner
         if sum(self.cache.size(name) for name in names) > max_bytes:
-            message = f"The files of this request are larger than {max_bytes / 1e9:g} GB together (--max-uploads-gb)"
-            raise InvalidInput.of("file_too_large", ("body", *loc), message, max_size=max_bytes)
+            message = (
+                f"The files of this request have more than {max_bytes / 1e9:g} GB together, which --max-uploads-gb does"
+                " not allow; use fewer or smaller files"
+            )
+            raise InvalidInput.of("file_too_large", ("body", *loc), message, url[:1000], max_size=max_bytes)
         if self._pending_bytes(owner, names) > max_bytes:
             raise QueueFull(
                 "The input files of this key's unfinished requests need more disk space than --max-uploads-gb allows;"
@@ -162,8 +166,8 @@ class InputResolver:
             if is_data and body and (data := body.find(url)):
                 await self._executor.run(owner, data.link, temp_path, kind.max_bytes)
             elif is_data:
-                await self._executor.run(owner, urls.decode, url, temp_path, kind.max_bytes)
-            elif own := urls.own_name(url):
+                await self._executor.run(owner, urls.decode_data_uri, url, temp_path, kind.max_bytes)
+            elif own := urls.stored_file_name(url):
                 await self._executor.run(owner, self._link, own, owner, temp_path, kind.max_bytes)
             else:
                 return await self._download(url, owner, temp_path, kind_name)
@@ -182,7 +186,7 @@ class InputResolver:
                 if kind_name != "image":
                     url = await hub.resolve_hub_id(url, self.outbound, temp_path)
                 if not urls.has_scheme(url):
-                    raise InvalidInputFile("file_download_error", urls.what_is_accepted(kind_name))
+                    raise InvalidInputFile("file_download_error", urls.not_a_url_message(kind_name))
                 # The key contains the kind, because a file that was fetched as an image was not checked as weights.
                 cached = self._known.get((kind_name, url))
                 is_here = cached is not None and await self._executor.run(owner, self.cache.touch, cached.name)

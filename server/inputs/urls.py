@@ -1,4 +1,4 @@
-"""What the URL of an input file may be: a data URI, or the URL of a file in this server's store or elsewhere."""
+"""The URLs of input files: data URIs, and the URLs of files in this server's store or elsewhere."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ def has_scheme(url: str) -> bool:
     return _SCHEME.match(url[:100]) is not None
 
 
-def own_name(url: str) -> str | None:
+def stored_file_name(url: str) -> str | None:
     """Return the name of the file if the URL's path has the form of a file in this server's store, otherwise None.
 
     Any host is accepted, because the name has 128 random bits.
@@ -35,7 +35,7 @@ def own_name(url: str) -> str | None:
     return match[1] if match else None
 
 
-def what_is_accepted(kind: str) -> str:
+def not_a_url_message(kind: str) -> str:
     """Return the error message for an input that is neither a URL nor a data URI, such as a path."""
     more = ", or a hub id such as owner/name" if kind != "image" else ""
     return (
@@ -44,7 +44,7 @@ def what_is_accepted(kind: str) -> str:
     )
 
 
-def decode(url: str, temp_path: Path, max_bytes: int) -> None:
+def decode_data_uri(url: str, temp_path: Path, max_bytes: int) -> None:
     """Decode a data URI into a file. Raises OSError, and InvalidInputFile for invalid base64 or too many bytes."""
     match = _DATA.match(url)
     if not match:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from pydantic_core import from_json
 
 from server.errors import InternalError, InvalidInput
-from server.queue.jobs import Job, Mode, Outcome, Priority, Provenance, State, Submission
+from server.queue.jobs import PROVENANCE, Job, Mode, Outcome, Priority, Provenance, State, Submission
 from server.storage.file_store import Lifecycle, insert_file_row
 
 #: Responses larger than this, in bytes, are taken to hold inline images, which makes them slow to parse.
@@ -29,7 +29,8 @@ _COMPLETE = """
         input = CASE WHEN :is_cancelled THEN '{}' ELSE input END,
         inputs = CASE WHEN :is_cancelled THEN '{}' ELSE inputs END,
         error = :error, error_type = :error_type, inference_time = :inference_time,
-        provenance = :provenance, billable_units = :billable_units, logs = :logs, is_cancelled = :is_cancelled
+        acceleration = :acceleration, dtype = :dtype, weights = :weights, memory = :memory,
+        billable_units = :billable_units, logs = :logs, is_cancelled = :is_cancelled
     WHERE request_id = :request_id AND state = :state AND state <> 'COMPLETED' AND attempt = :attempt
 """
 
@@ -129,7 +130,7 @@ def complete(connection: sqlite3.Connection, job: Job, outcome: Outcome, now: fl
         "error": outcome.error,
         "error_type": outcome.error_type,
         "inference_time": outcome.inference_time,
-        "provenance": json.dumps(outcome.provenance),
+        **{name: outcome.provenance.get(name) for name in PROVENANCE},
         "billable_units": outcome.billable_units,
         "logs": logs,
         "is_cancelled": is_cancelled,
@@ -204,7 +205,7 @@ def job_from_row(row: sqlite3.Row) -> Job:
 
     Unreadable logs become an empty list. Unreadable input file names set `is_damaged`.
     """
-    logs, names = _parse_json(row["logs"] or "[]"), _parse_texts(row["inputs"])
+    logs, names = _parse_json(row["logs"] or "[]"), _parse_input_files(row["inputs"])
     return Job(
         sequence=row["sequence"],
         request_id=row["request_id"],
@@ -227,7 +228,7 @@ def job_from_row(row: sqlite3.Row) -> Job:
         error=row["error"],
         error_type=row["error_type"],
         inference_time=row["inference_time"],
-        provenance=cast(Provenance, _parse_texts(row["provenance"]) or {}),
+        provenance=cast(Provenance, {name: row[name] for name in PROVENANCE if row[name]}),
         logs=logs if isinstance(logs, list) else [],
     )
 
@@ -256,10 +257,10 @@ def _is_response(text: str) -> bool:
     return isinstance(_parse_json(text), dict)
 
 
-def _parse_texts(text: str) -> dict[str, str] | None:
-    texts = _parse_json(text)
-    is_whole = isinstance(texts, dict) and all(isinstance(each, str) for each in texts.values())
-    return texts if is_whole else None
+def _parse_input_files(text: str) -> dict[str, str] | None:
+    names = _parse_json(text)
+    is_whole = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+    return names if is_whole else None
 
 
 def _parse_json(text: str) -> Any:

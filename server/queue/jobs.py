@@ -36,7 +36,7 @@ class Priority(StrEnum):
 
 
 class Provenance(TypedDict, total=False):
-    """What the images of a job depend on besides its input and the model.
+    """The things that the images of a job depend on besides its input and the model. What is unknown is left out.
 
     Fields:
         acceleration: the tier.
@@ -49,6 +49,10 @@ class Provenance(TypedDict, total=False):
     dtype: str
     weights: str
     memory: str
+
+
+#: The names of these fields, which are columns too.
+PROVENANCE = tuple(Provenance.__annotations__)
 
 
 @dataclass(frozen=True)

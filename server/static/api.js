@@ -51,9 +51,12 @@ export const submit = (endpoint, input, priority = "normal") =>
     body: JSON.stringify(input),
   });
 
-export const cancel = (request) => json(`${requestPath(request)}/cancel`, { method: "PUT" }).catch(() => null);
+// Resolve also for the statuses that say that there is nothing left to do.
+const unless = (...statuses) => (error) => (statuses.includes(error.status) ? null : Promise.reject(error));
 
-export const deleteRequest = (request) => call(requestPath(request), { method: "DELETE" }).catch(() => null);
+// A request that has ended already counts as cancelled, and one that the server no longer stores as deleted.
+export const cancel = (request) => json(`${requestPath(request)}/cancel`, { method: "PUT" }).catch(unless(400, 404));
+export const deleteRequest = (request) => call(requestPath(request), { method: "DELETE" }).catch(unless(404));
 
 // A browser opens six connections to one server, shared by all its tabs. The streams leave some of them for images and
 // other requests.
@@ -155,8 +158,9 @@ export async function upload(file) {
 // The URL of this server for code samples, including any path that a proxy adds.
 export const origin = base.href.replace(/\/$/, "");
 
+// The part of a URL that names a file in the server's store, or an upload to it.
+const ownPath = (url) => (url.startsWith("data:") ? null : /\/(?:files\/[0-9a-f]{32}\.\w+|storage\/upload\/.*)$/.exec(url)?.[0]);
+export const isOwnFile = (url) => Boolean(ownPath(url));
+
 // Map a file's URL to this origin: the server builds URLs from its public URL, which may name this origin differently.
-export const localUrl = (url) => {
-  const path = /\/(?:files|storage)\/.*$/.exec(url)?.[0];
-  return path && !url.startsWith("data:") ? new URL(path.slice(1), base).href : url;
-};
+export const localUrl = (url) => (isOwnFile(url) ? new URL(ownPath(url).slice(1), base).href : url);

@@ -199,7 +199,7 @@ function onDrop(event) {
   const own = config.image_inputs[endpoint]?.[0];
   const { url } = dropped(event.dataTransfer);
   if (own) fields.get(own.split(".")[0])?.drop?.(event.dataTransfer);
-  else if (url && config.paint_over.length) useAsInput(url, imageToImageFor(config, endpoint), "image_url");
+  else if (url && config.image_to_image.length) useAsInput(url, imageToImageFor(config, endpoint), "image_url");
 }
 
 const chooseTab = tabs.start(byId("tabs"), showCode);

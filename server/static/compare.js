@@ -1,13 +1,14 @@
 // Two results on top of each other, with a slider that uncovers one or the other, and the parameters in which they differ.
 
-import { button, element, loadDialogStyle, modal } from "./elements.js";
+import { blurButton, button, element, loadDialogStyle, modal } from "./elements.js";
 import { differences } from "./parameters.js";
 
 export async function open(left, right) {
   await loadDialogStyle();
   const slider = element("input", { type: "range", min: 0, max: 100, step: 0.5, value: 50, ariaLabel: "How much of the left image is shown, in percent" });
-  const images = [left, right].map(({ run, url, width, height }) => element("img", { src: url, width, height, alt: run.request.input.prompt ?? "", draggable: false }));
-  images[0].className = "left";
+  const images = [left, right].map(({ run, url, width, height, isFlagged }) => element("img", { src: url, width, height, alt: run.request.input.prompt ?? "", draggable: false, className: isFlagged ? "flagged" : "" }));
+  images[0].classList.add("left");
+  const flagged = images.filter((image) => image.classList.contains("flagged"));
   const stage = element("div", { className: "pair" }, images[1], images[0], element("span", { className: "line" }));
   stage.style.aspectRatio = `${left.width ?? 1} / ${left.height ?? 1}`;
   const show = () => stage.style.setProperty("--shown", `${slider.value}%`);
@@ -27,7 +28,7 @@ export async function open(left, right) {
     dialog.close();
     open(right, left);
   });
-  const dialog = modal("compare", "Compare", element("div", { className: "view" }, stage), slider, element("div", { className: "actions" }, swap), table);
+  const dialog = modal("compare", "Compare", element("div", { className: "view" }, stage), slider, element("div", { className: "actions" }, swap, ...(flagged.length ? ["Flagged by the safety checker. ", blurButton(...flagged)] : [])), table);
   fill(table, differences(left, right));
   show();
   slider.focus();

@@ -14,6 +14,14 @@ export const button = (label, action, attributes = {}) => {
   return node;
 };
 
+// A button that shows images which the safety checker flagged, and blurs them again.
+export function blurButton(...images) {
+  const show = button("Show", () => {
+    for (const image of images) show.textContent = image.classList.toggle("flagged") ? "Show" : "Blur";
+  });
+  return show;
+}
+
 // Outlines on a grid of 24 by 24.
 const ICONS = {
   star: "M12 3l2.8 5.9 6.2.8-4.6 4.4 1.2 6.4L12 17.4l-5.6 3.1 1.2-6.4L3 9.7l6.2-.8z",

@@ -1,6 +1,7 @@
 // How long requests take, from the measured times of their steps.
 
 import * as api from "./api.js";
+import { sizeText } from "./labels.js";
 
 let measured = [];
 
@@ -9,15 +10,10 @@ export async function loadStepTimes() {
   measured = (await api.stepTimes()).steps;
 }
 
-const PRESETS = {
-  square_hd: "1024x1024", square: "512x512", portrait_4_3: "768x1024", portrait_16_9: "576x1024", landscape_4_3: "1024x768", landscape_16_9: "1024x576",
-};
-const sizeOf = ({ image_size: size }) => PRESETS[size] ?? (size?.width ? `${size.width}x${size.height}` : null);
-
 // The mean seconds of a step with the request's size and acceleration, or else its size, or else of all steps; null if
 // the server has not run a step yet.
 function secondsOfStep(input) {
-  const isSameSize = ({ size }) => size === sizeOf(input);
+  const isSameSize = ({ size }) => size === sizeText(input.image_size);
   const isSameTier = ({ acceleration }) => acceleration === (input.acceleration ?? "none");
   const choices = [measured.filter((each) => isSameSize(each) && isSameTier(each)), measured.filter(isSameSize), measured];
   const steps = choices.find((each) => each.length) ?? [];
@@ -40,9 +36,10 @@ export function workOf({ input, step, numSteps, logs }) {
 }
 
 // Seconds until each of these unfinished requests is done, as [[run, seconds or null], ...] in the order in which they
-// run. Each run has its `position` in the queue, or null while it runs. Requests of others count as the mean of these.
+// end. Each run has its `position` in the queue, or null while it runs. Of those that run, the one with the least work
+// left comes first, as on the server. Requests of others count as the mean of these. With several GPUs it takes less.
 export function secondsLeft(runs) {
-  const ordered = [...runs].sort((a, b) => (a.position ?? -1) - (b.position ?? -1));
+  const ordered = [...runs].sort((a, b) => (a.position ?? -1) - (b.position ?? -1) || (a.position === null && workOf(a) - workOf(b)) || 0);
   const works = ordered.map(workOf);
   const known = works.filter((work) => work !== null);
   const mean = known.length ? known.reduce((sum, work) => sum + work, 0) / known.length : 0;

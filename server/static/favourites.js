@@ -1,12 +1,11 @@
 // The images that the user marked as favourites, kept in this browser with the requests that they belong to.
 
+import { withoutData } from "./labels.js";
+
 const KEY = "favourites";
 
 // { requestId: { endpoint, requestId, input, startedAt, images: [index, ...] } }
 const load = () => JSON.parse(localStorage.getItem(KEY) ?? "{}");
-
-// Leave out images given as data URIs, because they are too large for the browser's storage.
-const withoutData = (_, value) => (typeof value === "string" && value.startsWith("data:") ? undefined : value);
 
 export const requests = () => Object.values(load()).sort((a, b) => b.startedAt - a.startedAt);
 export const has = (requestId, index) => load()[requestId]?.images.includes(index) ?? false;

@@ -1,6 +1,6 @@
 // One image in the grid, with the buttons for a favourite, for a comparison and for its use as an input.
 
-import { button, element, iconButton } from "./elements.js";
+import { blurButton, element, iconButton } from "./elements.js";
 import * as favourites from "./favourites.js";
 import { setDragged } from "./image_files.js";
 
@@ -32,10 +32,7 @@ export function figure(result, actions) {
 }
 
 function flaggedCaption(image) {
-  const show = button("Show", () => {
-    show.textContent = image.classList.toggle("flagged") ? "Show" : "Blur";
-  });
-  return element("figcaption", {}, "Flagged by the safety checker. ", show);
+  return element("figcaption", {}, "Flagged by the safety checker. ", blurButton(image));
 }
 
 function favouriteButton(result, actions) {

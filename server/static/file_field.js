@@ -1,11 +1,11 @@
 // A form's field for a file: a URL that is typed or pasted, or a file that is dropped, pasted or chosen, then uploaded.
 
-import { localUrl, upload } from "./api.js";
+import { isOwnFile, localUrl, upload } from "./api.js";
 import { withKey } from "./api_key.js";
 import { button, element } from "./elements.js";
 import { dropped } from "./image_files.js";
 
-const isImage = (url) => /^data:image\/|\/files\//.test(url);
+const isImage = (url) => url.startsWith("data:image/") || isOwnFile(url);
 
 // `frame` adds the label and the messages. `tools` are more buttons of the field: functions of the field.
 export function fileField(name, property, frame, tools = []) {

@@ -1,7 +1,8 @@
 // A form built from an endpoint's schema: each property becomes one field.
 
-import { button, element } from "./elements.js";
+import { element } from "./elements.js";
 import { fileField } from "./file_field.js";
+import { labelOf, PRESETS } from "./labels.js";
 import { maskButton } from "./mask_button.js";
 
 // The fields that most people change, in the order in which they are shown. The other fields are under "More settings",
@@ -11,7 +12,8 @@ const FIRST = ["prompt", "image_url", "mask_url", "loras", "image_size", "streng
 // Return the input of an endpoint's OpenAPI document: { properties, order, required, schemas }.
 export function schemaOf(openApi) {
   const schemas = openApi.components.schemas;
-  const input = Object.values(schemas).find((each) => each.title?.endsWith("Input") && each["x-fal-order-properties"]);
+  const body = Object.values(openApi.paths).map(({ post }) => post?.requestBody).find(Boolean);
+  const input = resolve(body.content["application/json"].schema, schemas);
   const properties = Object.fromEntries(Object.entries(input.properties).map(([name, property]) => [name, resolve(property, schemas)]));
   return { properties, order: input["x-fal-order-properties"], required: input.required ?? [], schemas };
 }
@@ -41,13 +43,12 @@ export function write(fields, values) {
   for (const [name, field] of fields) field.write(values[name]);
 }
 
-// Put an image's URL into a field, given by its path: a name, or the names of a list and of a field of its items.
+// Put an image's URL into a field, given by its path: a name, or the names of lists and of a field of their first items.
 export function writeImage(fields, path, url) {
-  const [name, inner] = path.split(".");
+  const [name, ...inner] = path.split(".");
   const field = fields.get(name);
-  if (!inner) return field.write(url);
-  const [first = {}, ...others] = field.read() ?? [];
-  return field.write([{ ...first, [inner]: url }, ...others]);
+  if (inner.length) field.writeImage(inner.join("."), url);
+  else field.write(url);
 }
 
 // Move the focus to a field, and open "More settings" if the field is there.
@@ -84,7 +85,7 @@ const resolve = (property, schemas) => {
 function createField(name, property, schemas, fields = new Map()) {
   const choices = property.enum;
   if (name === "image_size") return sizeField(name, property);
-  if (property.type === "array") return listField(name, property, resolve(property.items, schemas));
+  if (property.type === "array") return listField(name, property, resolve(property.items, schemas), schemas);
   if (/(^|_)url$|^path$/.test(name)) {
     return fileField(name, property, frame, name === "mask_url" ? [maskButton(() => fields.get("image_url"))] : []);
   }
@@ -95,20 +96,15 @@ function createField(name, property, schemas, fields = new Map()) {
   return textField(name, property);
 }
 
-// Turn a property's name into a label: num_images -> Number of images, image_url -> Image URL.
-function labelOf(name) {
-  const words = name.replaceAll("_", " ").replace(/^num /, "number of ").replace(/\burl\b/, "URL");
-  return name === "loras" ? "LoRAs" : words[0].toUpperCase() + words.slice(1);
-}
-
 // The parts that all fields share: a label, the control, a description and an error message.
 function frame(name, property, control, ...more) {
-  control.id = `field-${name}`;
+  control.id = `field-${property.fieldId ?? name}`;
   control.setAttribute("aria-describedby", `${control.id}-about ${control.id}-problem`);
   const label = element("label", { textContent: labelOf(name), htmlFor: control.id });
   const about = element("small", { id: `${control.id}-about`, textContent: property.description ?? "" });
   const problem = element("p", { id: `${control.id}-problem`, className: "problem" });
-  const node = element("div", { className: `field ${name}` }, label, control, ...more, about, problem);
+  const node = element("div", { className: "field" }, label, control, ...more, about, problem);
+  node.dataset.name = name;
   const showProblem = (message) => {
     problem.textContent = message;
     control.setAttribute("aria-invalid", String(Boolean(message)));
@@ -180,11 +176,6 @@ function switchField(name, property) {
 }
 
 // fal's presets, each a button that shows its shape. Two number inputs set a custom size.
-const PRESETS = {
-  square_hd: [1024, 1024], square: [512, 512], portrait_4_3: [768, 1024],
-  portrait_16_9: [576, 1024], landscape_4_3: [1024, 768], landscape_16_9: [1024, 576],
-};
-
 function sizeField(name, property) {
   let size = property.default;
   const group = element("div", { className: "sizes" });
@@ -219,18 +210,19 @@ function sizeField(name, property) {
   return { ...frame(name, property, group), read: () => size, write: choose };
 }
 
-// A list of objects, such as LoRAs. Each item is a small form.
-function listField(name, property, item) {
+// A list of objects, such as LoRAs. Each item is a small form, whose fields have numbered ids.
+let numItems = 0;
+function listField(name, property, item, schemas) {
   const list = element("div", { className: "list" });
   list.setAttribute("role", "group");
   list.setAttribute("aria-label", labelOf(name));
   const rows = [];
   const add = (values = {}) => {
-    const fields = new Map(Object.entries(item.properties ?? {}).map(([key, value]) => [key, createField(key, value, {})]));
-    for (const [key, field] of fields) {
-      field.node.querySelector("[id]").id = `field-${name}-${rows.length}-${key}`;
-      field.node.querySelector("label").htmlFor = `field-${name}-${rows.length}-${key}`;
-      field.write(values[key]);
+    const fields = new Map();
+    const place = (numItems += 1);
+    for (const [key, value] of Object.entries(item.properties ?? {})) {
+      fields.set(key, createField(key, { ...resolve(value, schemas), fieldId: `${name}-${place}-${key}` }, schemas));
+      fields.get(key).write(values[key]);
     }
     const remove = element("button", { type: "button", textContent: "Remove" });
     const node = element("fieldset", {}, ...[...fields.values()].map((field) => field.node), remove);
@@ -252,5 +244,10 @@ function listField(name, property, item) {
     for (const value of Array.isArray(values) ? values : []) add(value ?? {});
   };
   const settledRows = async () => (await Promise.all(rows.map((row) => settled(row.fields)))).every(Boolean);
-  return { ...frame(name, property, list), settled: settledRows, write, read: () => (rows.length ? rows.map((row) => read(row.fields)) : undefined) };
+  const writeFirst = (path, url) => {
+    if (!rows.length) add();
+    writeImage(rows[0].fields, path, url);
+  };
+  const values = () => (rows.length ? rows.map((row) => read(row.fields)) : undefined);
+  return { ...frame(name, property, list), settled: settledRows, write, writeImage: writeFirst, read: values };
 }

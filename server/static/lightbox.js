@@ -1,8 +1,9 @@
 // One image in full, with its parameters, the keys to look through the others, and everything that can be done with it.
 
-import { announce, button, element, iconButton, loadDialogStyle, modal } from "./elements.js";
+import { announce, blurButton, button, element, iconButton, loadDialogStyle, modal } from "./elements.js";
 import * as favourites from "./favourites.js";
 import * as imageFiles from "./image_files.js";
+import { labelOf } from "./labels.js";
 import { parameterList } from "./parameters.js";
 import * as targets from "./targets.js";
 import { seedOf } from "./variations.js";
@@ -12,7 +13,7 @@ const KEYS = [
   ["R", "Repaint a part"], ["D", "Download"], ["S", "Use these settings"], ["Del", "Delete"], ["Esc", "Close"],
 ];
 
-// Open a result. `grid` is { shown() -> results in order, page, actions }.
+// Open a result. `shown()` returns the results in the order of the grid; results.js describes `page` and `actions`.
 export async function open(first, { shown, page, actions }) {
   await loadDialogStyle();
   let result = first;
@@ -35,8 +36,11 @@ export async function open(first, { shown, page, actions }) {
     result = next;
     const results = shown();
     count.textContent = `${results.indexOf(result) + 1} of ${results.length}`;
-    showImage(stage, result);
-    aside.replaceChildren(buttons(result, commands, page), sendForm(result, page, close), parameterList(result), keyList());
+    const image = showImage(stage, result);
+    const flagged = result.isFlagged ? [element("p", {}, "Flagged by the safety checker. ", blurButton(image))] : [];
+    const focused = aside.contains(document.activeElement) ? document.activeElement.textContent : null;
+    aside.replaceChildren(...flagged, buttons(result, commands, page), sendForm(result, page, close), parameterList(result), keyList());
+    if (focused !== null) ([...aside.querySelectorAll("button")].find((each) => each.textContent === focused) ?? stage).focus();
     stage.setAttribute("aria-label", `Image ${count.textContent}. Press Z to see its pixels.`);
   }
 
@@ -58,6 +62,7 @@ function showImage(stage, { run, url, width, height, isFlagged }) {
   stage.dataset.zoom = "";
   stage.style.setProperty("--ratio", width && height ? width / height : 1);
   stage.replaceChildren(image);
+  return image;
 }
 
 // Show the image fitted to the window, then each of its pixels as one pixel of the screen, then as 4 by 4.
@@ -106,8 +111,8 @@ function buttons(result, commands, page) {
   const name = imageFiles.fileName(input.prompt, seedOf(run.seed, index), url);
   const star = button("Favourite", commands.f);
   star.setAttribute("aria-pressed", String(favourites.has(requestId, index)));
-  const strength = page.config.strength.includes(endpoint) ? [button("Vary strength", commands.strength, { title: "Three more, with neighbouring strengths" })] : [];
-  const inputs = page.config.paint_over.length ? [button("Use as input", commands.input)] : [];
+  const strength = page.config.strength.includes(endpoint) ? [button("Vary strength", commands.strength, { title: "Up to three more, with neighbouring strengths" })] : [];
+  const inputs = page.config.image_to_image.length ? [button("Use as input", commands.input)] : [];
   const repaint = targets.inpaintingFor(page.config, endpoint) ? [button("Repaint a part", commands.r)] : [];
   return element(
     "div", { className: "actions" },
@@ -124,7 +129,7 @@ function sendForm(result, page, close) {
   let group = null;
   for (const { endpoint, path } of targets.all(page.config)) {
     if (group?.label !== endpoint) select.append((group = element("optgroup", { label: endpoint })));
-    group.append(element("option", { value: `${endpoint} ${path}`, textContent: path.replaceAll("_", " ").replace(/\burl\b/, "URL").replace(".", ": ") }));
+    group.append(element("option", { value: `${endpoint} ${path}`, textContent: path.split(".").map(labelOf).join(": ") }));
   }
   const send = button("Send", () => {
     const [endpoint, path] = select.value.split(" ");

@@ -1,6 +1,7 @@
 // The parameters of a result, as a list to read and as rows to compare.
 
 import { element } from "./elements.js";
+import { labelOf } from "./labels.js";
 import { seedOf } from "./variations.js";
 
 const text = (value) => {
@@ -16,8 +17,7 @@ export function parametersOf({ run, index, width, height }) {
     "Generation time": run.seconds === undefined ? undefined : `${run.seconds.toFixed(2)} s`,
     Sent: new Date(run.request.startedAt).toLocaleString(), ...others, "Request ID": run.request.requestId,
   };
-  const label = (name) => name.replaceAll("_", " ").replace(/^./, (letter) => letter.toUpperCase());
-  return Object.entries(rows).filter(([, value]) => value !== undefined && value !== "").map(([name, value]) => [label(name), text(value)]);
+  return Object.entries(rows).filter(([, value]) => value !== undefined && value !== "").map(([name, value]) => [labelOf(name), text(value)]);
 }
 
 export function parameterList(result) {

@@ -1,5 +1,7 @@
 // A request as programs to copy and run. Each sends its request to this server.
 
+import { sizeText } from "./labels.js";
+
 const shell = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
 const javascript = (value) => JSON.stringify(value, null, 2);
 const python = (value) =>
@@ -52,14 +54,10 @@ const result = await fal.subscribe(${JSON.stringify(endpoint)}, {
 console.log(result.data.images[0].url);
 `;
 
-const PRESETS = {
-  square_hd: "1024x1024", square: "512x512", portrait_4_3: "768x1024", portrait_16_9: "576x1024", landscape_4_3: "1024x768", landscape_16_9: "1024x576",
-};
-
 // OpenAI's names of the fields, and the fields that only the endpoint has.
 function openaiFields(endpoint, { prompt, image_size: size, num_images: n, sync_mode: _, ...others }) {
   const named = { model: endpoint, prompt };
-  if (size) named.size = PRESETS[size] ?? `${size.width}x${size.height}`;
+  if (size) named.size = sizeText(size);
   if (n !== undefined) named.n = n;
   return [named, others];
 }

@@ -5,17 +5,18 @@ import { inWords, loadStepTimes, secondsLeft } from "./estimate.js";
 
 const rows = new Map();
 
-byId("cancel-all").addEventListener("click", () => {
-  const runs = [...rows.keys()];
-  for (const run of runs) run.cancel();
-  announce(`${runs.length} requests cancelled.`);
+const inNumber = (number) => (number === 1 ? "1 request" : `${number} requests`);
+
+byId("cancel-all").addEventListener("click", async () => {
+  const cancelled = await Promise.all([...rows.keys()].map((run) => run.cancel()));
+  announce(`${inNumber(cancelled.filter(Boolean).length)} cancelled.`);
 });
 
-// Show a request that has changed. It leaves the panel when it is done. `changePriority(run, priority)` sends a waiting
-// request again with another priority.
+// Show a request that has changed. It leaves the panel when it is done. `changePriority(run, priority)` sends a
+// request that has not begun again, with another priority.
 export function update(run, changePriority) {
   if (run.isDone) {
-    rows.get(run)?.node.remove();
+    removeRow(run);
     if (rows.delete(run) && rows.size) loadStepTimes().then(render, () => null);
   } else if (!rows.has(run) && ["IN_QUEUE", "IN_PROGRESS"].includes(run.node.dataset.status)) {
     if (!rows.size) loadStepTimes().then(render, () => null);
@@ -24,9 +25,21 @@ export function update(run, changePriority) {
   render();
 }
 
+// Move the focus to the next row, if it was in this one.
+function removeRow(run) {
+  const node = rows.get(run)?.node;
+  const next = node?.contains(document.activeElement) && (node.nextElementSibling ?? node.previousElementSibling);
+  node?.remove();
+  if (next) next.querySelector("button:not([hidden])").focus();
+}
+
 function createRow(run, changePriority) {
   const state = element("span", { className: "state" });
-  const priority = button("", () => changePriority(run, run.request.priority === "low" ? "normal" : "low"));
+  const priority = button("", async () => {
+    priority.disabled = true;
+    await changePriority(run, run.request.priority === "low" ? "normal" : "low");
+    priority.disabled = false;
+  });
   const prompt = element("span", { className: "prompt", textContent: run.request.input.prompt || run.request.endpoint });
   const node = element("li", {}, prompt, state, element("span", { className: "actions" }, priority, button("Cancel", () => run.cancel())));
   return { node, state, priority };
@@ -43,11 +56,10 @@ function render() {
     state.textContent = `${run.state.textContent}${seconds === null ? "" : `, ${inWords(seconds)} left`}`;
     const isLow = run.request.priority === "low";
     priority.textContent = isLow ? "Raise priority" : "Lower priority";
-    priority.hidden = run.progress().position === null;
+    priority.hidden = run.progress().step > 0;
   }
   order(estimates.map(([{ run }]) => rows.get(run).node));
-  const number = rows.size === 1 ? "1 request" : `${rows.size} requests`;
-  byId("queue-title").textContent = `Queue: ${number}${last ? `, ${inWords(last)} left` : ""}`;
+  byId("queue-title").textContent = `Queue: ${inNumber(rows.size)}${last ? `, ${inWords(last)} left` : ""}`;
 }
 
 // Put the rows in this order. A row that is in place is not moved, because it would lose the focus.

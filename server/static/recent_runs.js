@@ -1,16 +1,15 @@
 // The requests that this browser submitted, newest first: { endpoint, requestId, input, startedAt }.
 
+import { withoutData } from "./labels.js";
+
 const MAX_RUNS = 60;
 
 export const all = () => JSON.parse(localStorage.getItem("runs") ?? "[]");
 
-// Leave out images pasted as data URIs, because they are too large for the browser's storage.
-const withoutData = (value) => (typeof value === "string" && value.startsWith("data:") ? undefined : value);
-
 function save(runs) {
   for (let count = Math.min(runs.length, MAX_RUNS); count >= 0; count -= 5) {
     try {
-      localStorage.setItem("runs", JSON.stringify(runs.slice(0, count), (_, value) => withoutData(value)));
+      localStorage.setItem("runs", JSON.stringify(runs.slice(0, count), withoutData));
       return;
     } catch {
       // The storage is full: try again with fewer runs.

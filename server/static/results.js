@@ -17,9 +17,10 @@ let onlyFavourites = false;
 let cursor = null;
 
 // `thePage` is { config, useSettings(endpoint, input), useAsInput(url, endpoint, path, prompt), submit(endpoint, input),
-// schemaOf(endpoint), onSeed(seed), repaint(url, prompt, endpoint) }.
+// schemaOf(endpoint), onSeed(seed), repaint(url, request) }.
 export function start(thePage) {
   page = thePage;
+  if (!page.config.image_to_image.length) actions.useAsInput = null;
   for (const request of recentRuns.all()) follow(add(request, { isOld: true }));
   byId("earlier").addEventListener("click", () => showEarlier().catch((error) => (byId("problem").textContent = error.message)));
   byId("only-favourites").addEventListener("click", showOnlyFavourites);
@@ -77,6 +78,7 @@ export const actions = {
   // Without the server there is no panel; the request itself shows that the server cannot be reached.
   onUpdate: (run) => import("./queue_panel.js").then(({ update }) => update(run, changePriority), () => null),
   onDelete: remove,
+  onError: (error) => (byId("problem").textContent = error.message),
 };
 
 // fal's API cannot change the priority of a waiting request, so it is sent again and then cancelled.
@@ -107,7 +109,7 @@ async function submitAll(run, inputs) {
 }
 
 function remove(run) {
-  const next = run.node.nextElementSibling ?? run.node.previousElementSibling;
+  const next = run.node.contains(document.activeElement) ? (run.node.nextElementSibling ?? run.node.previousElementSibling) : null;
   if (chosen?.run === run) chooseForComparison(null);
   run.node.remove();
   runs.delete(run.request.requestId);

@@ -121,20 +121,33 @@ export class Run {
     this.bar.hidden = this.cancelButton.hidden = true;
     this.isDone = true;
     this.actions.onUpdate(this);
-    if (this.isDeleted) api.deleteRequest(this.request);
+    if (this.isDeleted) api.deleteRequest(this.request).catch(this.actions.onError);
   }
 
-  cancel() {
-    return api.cancel(this.request);
+  // Returns whether the server agreed.
+  async cancel() {
+    try {
+      await api.cancel(this.request);
+      return true;
+    } catch (error) {
+      this.actions.onError(error);
+      return false;
+    }
   }
 
   // Remove the request from the page and, with its images, from the server. A running request is cancelled first.
-  // Returns whether the user agreed.
+  // Returns whether the user and the server agreed.
   async delete() {
     if (this.results.length && !(await this.actions.confirmDelete(this))) return false;
     this.isDeleted = true;
+    try {
+      await (this.isDone ? api.deleteRequest(this.request) : api.cancel(this.request));
+    } catch (error) {
+      this.isDeleted = false;
+      this.actions.onError(error);
+      return false;
+    }
     this.actions.onDelete(this);
-    await (this.isDone ? api.deleteRequest(this.request) : this.cancel());
     return true;
   }
 }

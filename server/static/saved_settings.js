@@ -1,9 +1,8 @@
 // The settings of each endpoint's form, kept in this browser, and links that hold them.
 
-const KEY = "settings";
+import { withoutData } from "./labels.js";
 
-// Leave out files given as data URIs, because they are too large for the browser's storage and for a link.
-const withoutData = (_, value) => (typeof value === "string" && value.startsWith("data:") ? undefined : value);
+const KEY = "settings";
 
 const load = () => JSON.parse(localStorage.getItem(KEY) ?? "{}");
 

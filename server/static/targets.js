@@ -12,7 +12,7 @@ function variantOf(endpoint, candidates) {
   return candidates.find((name) => name.startsWith(`${base}/`)) ?? candidates[0];
 }
 
-export const imageToImageFor = (config, endpoint) => variantOf(endpoint, config.paint_over);
+export const imageToImageFor = (config, endpoint) => variantOf(endpoint, config.image_to_image);
 
 export function inpaintingFor(config, endpoint) {
   const candidates = config.endpoints.filter((name) => takes(config, name, "image_url", "mask_url"));

@@ -82,9 +82,9 @@ _STEPS = {
             FROM jobs WHERE state = 'COMPLETED'
     """,
     8: """
-        ALTER TABLE jobs ADD COLUMN provenance TEXT NOT NULL DEFAULT '{}';
-        UPDATE jobs SET provenance = json_object('acceleration', acceleration) WHERE acceleration IS NOT NULL;
-        ALTER TABLE jobs DROP COLUMN acceleration
+        ALTER TABLE jobs ADD COLUMN dtype TEXT;
+        ALTER TABLE jobs ADD COLUMN weights TEXT;
+        ALTER TABLE jobs ADD COLUMN memory TEXT
     """,
 }
 

@@ -35,8 +35,11 @@ CREATE TABLE jobs (
     error_type      TEXT,
     inference_time  REAL,
     billable_units  INTEGER NOT NULL DEFAULT 0 CHECK (billable_units >= 0),
-    -- What the images depend on besides the input: {"acceleration": "none", "dtype": "bfloat16", ...}.
-    provenance      TEXT NOT NULL DEFAULT '{}',
+    -- What the images depend on besides the input and the model; see Provenance in server/queue/jobs.py.
+    acceleration    TEXT,
+    dtype           TEXT,
+    weights         TEXT,
+    memory          TEXT,
     logs            TEXT,
     CHECK ((state = 'COMPLETED') = (finished_at IS NOT NULL)),
     CHECK ((state = 'COMPLETED') = (status IS NOT NULL)),

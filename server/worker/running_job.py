@@ -61,7 +61,11 @@ class RunningJob:
         """The generated images, once they are decoded and checked."""
         assert self.flags is not None
         task, info = self.task, self.engine.info()
-        provenance = Provenance(acceleration=task.acceleration, dtype=task.dtype, weights=info.form, memory=info.memory)
+        provenance = Provenance(acceleration=task.acceleration, dtype=task.dtype)
+        if info.form:
+            provenance["weights"] = info.form
+        if info.memory:
+            provenance["memory"] = info.memory
         return GeneratedImages(task.images, self.flags, self.seconds, provenance)
 
 

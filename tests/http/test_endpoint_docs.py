@@ -272,7 +272,7 @@ def test_the_curl_example_runs(text: str, server: Server) -> None:
 
 
 def test_the_playground_changes_results_with_image_to_image_and_not_with_inpainting(client: httpx.Client) -> None:
-    endpoints = client.get("/playground.json").json()["paint_over"]
+    endpoints = client.get("/playground.json").json()["image_to_image"]
     assert {"fal-ai/flux/dev/image-to-image", "fal-ai/flux-krea-lora/image-to-image"} <= set(endpoints)
     assert not any(endpoint.endswith("/inpainting") for endpoint in endpoints)
 

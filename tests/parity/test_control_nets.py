@@ -46,7 +46,7 @@ class Bench(GeneralBench):
 
     def expected(self, kind: Any, net: Any, request: Any, **more: Any) -> Image:
         """Generate the request's image with a pipeline of diffusers."""
-        return self.call_diffusers(self.pipeline_of(kind, controlnet=net), request, **more)
+        return self.call_diffusers(self.build_pipeline(kind, controlnet=net), request, **more)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ class Bench(GeneralBench):
 
     def expected(self, kind: Any, request: Any, parts: dict[str, Any], **more: Any) -> Image:
         """Generate the request's image with a pipeline of diffusers, on weights that only this call changes."""
-        pipeline = self.pipeline_of(kind, transformer=self.new_transformer(), **parts)
+        pipeline = self.build_pipeline(kind, transformer=self.new_transformer(), **parts)
         pipeline.load_ip_adapter(
             [str(self.directory)] * len(request.ip_adapters),
             weight_name=[f"{adapter.path}.safetensors" for adapter in request.ip_adapters],

@@ -33,8 +33,6 @@ LONG_AGO = 1_767_225_600.0
 INPUT = {"prompt": "a tiger", "seed": 7, "num_inference_steps": 2}
 OUTPUT = {"images": [{"url": f"http://here/files/{IMAGE_NAME}"}], "seed": 7}
 FAILURE = {"detail": "This cannot be painted."}
-#: The tier in the columns of earlier and current schemas.
-TIER = {"acceleration": "none", "provenance": '{"acceleration":"none"}'}
 INPUT_FILE_NAME = f"{'c' * 64}.png"
 COMMON_FIELDS = {
     "endpoint": "test/null",
@@ -74,7 +72,7 @@ def jobs(webhook_url: str) -> dict[str, dict[str, Any]]:
         },
         "run": {"state": "IN_PROGRESS", "mode": "run", **STARTED_FIELDS},
         "stream": {"state": "IN_QUEUE", "mode": "stream"},
-        "succeeded": _completed(200, OUTPUT, inference_time=1.5, **TIER, logs="[]"),
+        "succeeded": _completed(200, OUTPUT, inference_time=1.5, acceleration="none", logs="[]"),
         "succeeded-due": _completed(200, OUTPUT, webhook_url=webhook_url),
         "succeeded-told": _completed(200, OUTPUT, webhook_url=webhook_url),
         "failed": _completed(500, FAILURE, error="This cannot be painted.", error_type="internal_server_error"),
@@ -226,7 +224,8 @@ def _check_rows(upgraded: Upgraded) -> None:
             ("succeeded-due", 4, None, 0),
             ("succeeded-told", 1, None, 0),
         ]
-        assert components.rows("SELECT provenance FROM jobs WHERE request_id = 'succeeded'") == [(TIER["provenance"],)]
+        made = components.rows("SELECT acceleration, dtype, weights, memory FROM jobs WHERE request_id = 'succeeded'")
+        assert made == [("none", None, None, None)]
         usage = components.rows("SELECT requests, billable_units FROM usage WHERE day = '2026-01-01'")
         assert usage == ([(3, 6)] if upgraded.version >= 4 else [])
         assert components.rows("SELECT owner, name, scope FROM keys") == [("f" * 32, "", "operator")]

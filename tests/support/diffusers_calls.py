@@ -20,15 +20,15 @@ def pipeline_of(kind: Any, parts: Mapping[str, Any]) -> Any:
     return pipeline
 
 
-def image_of(pipeline: Any, request: Any, size: tuple[int, int], *, seed: int = SEED, **images: Any) -> Image:
-    """Generate a request's image with a pipeline. `images` are the arguments that the request has by URL, and others.
+def image_of(pipeline: Any, request: Any, size: tuple[int, int], *, seed: int = SEED, **arguments: Any) -> Image:
+    """Generate a request's image with a pipeline, given the arguments that are not numbers and texts of the request.
 
     The strength counts if there is an image to start from, and the negative prompt if there is real guidance.
     """
-    if "image" in images:
-        images["strength"] = request.strength
+    if "image" in arguments:
+        arguments["strength"] = request.strength
     if getattr(request, "use_real_cfg", False):
-        images |= {"true_cfg_scale": request.real_cfg_scale, "negative_prompt": request.negative_prompt}
+        arguments |= {"true_cfg_scale": request.real_cfg_scale, "negative_prompt": request.negative_prompt}
     found: Image = pipeline(
         prompt=request.prompt,
         width=size[0],
@@ -37,6 +37,6 @@ def image_of(pipeline: Any, request: Any, size: tuple[int, int], *, seed: int = 
         guidance_scale=request.guidance_scale,
         generator=torch.Generator("cpu").manual_seed(seed),
         max_sequence_length=count_text_tokens(pipeline),
-        **images,
+        **arguments,
     ).images[0]
     return found

@@ -25,11 +25,9 @@ class GeneralBench:
     start from, a mask of its left half, and the images `first` and `second`.
     """
 
-    def __init__(
-        self, directory: Path, dtype: torch.dtype, clip_vision: Path | None = None, **transformer: Any
-    ) -> None:
+    def __init__(self, directory: Path, dtype: torch.dtype, clip_vision: Path | None = None, **settings: Any) -> None:
         self.directory, self.dtype = directory, dtype
-        self._transformer = transformer
+        self._settings = settings
         self.pipeline = tiny_flux.pipeline(dtype)
         self.pipeline.transformer = self.new_transformer()
         tiers = tiers_of(self.pipeline.transformer)
@@ -43,8 +41,8 @@ class GeneralBench:
         mask.convert("RGB").save(directory / "mask.png")
 
     def new_transformer(self) -> Any:
-        """Return a transformer with the engine's weights, of its own."""
-        return tiny_flux.transformer(self.dtype, **self._transformer)
+        """Build another transformer with the engine's weights."""
+        return tiny_flux.transformer(self.dtype, **self._settings)
 
     def request(self, kind: Any, **fields: Any) -> Any:
         body = {"prompt": "a fish", "num_inference_steps": 6, "image_size": {"width": SIZE[0], "height": SIZE[1]}}
@@ -65,8 +63,8 @@ class GeneralBench:
     def image(self, name: str) -> Image:
         return PIL.Image.open(self.directory / f"{name}.png")
 
-    def pipeline_of(self, kind: Any, **parts: Any) -> Any:
-        """Build a pipeline of diffusers with the engine's parts and these."""
+    def build_pipeline(self, kind: Any, **parts: Any) -> Any:
+        """Build a pipeline of a class of diffusers from `parts` and, for the others, the engine's."""
         return pipeline_of(kind, {**self.pipeline.components, **parts})
 
     def call_diffusers(self, pipeline: Any, request: Any, **more: Any) -> Image:

@@ -95,6 +95,20 @@ def test_the_queue_panel_estimates_and_cancels(page: Page, gate: Gate) -> None:
     expect(page.locator("#runs > li.run .state")).to_contain_text(["cancelled"] * 4)
 
 
+def test_time_left_follows_the_order_in_which_requests_end(page: Page) -> None:
+    """Steps take 2 seconds, the running request with the least work left is first, and others' requests count too."""
+    assert page.evaluate("""async () => {
+        const { secondsLeft } = await import("./static/estimate.js");
+        const line = (step) => ({ message: `step ${step}/10`, timestamp: new Date(2000 * step).toISOString() });
+        const runs = [
+            { name: "last", position: 2, step: 0, numSteps: 0, logs: [], input: { num_inference_steps: 5 } },
+            { name: "long", position: null, step: 2, numSteps: 10, logs: [line(1), line(2)], input: {} },
+            { name: "short", position: null, step: 8, numSteps: 10, logs: [line(7), line(8)], input: {} },
+        ];
+        return secondsLeft(runs).map(([run, seconds]) => [run.name, seconds]);
+    }""") == [["short", 4], ["long", 20], ["last", 20 + 3 * 10]]
+
+
 def test_requests_are_reordered_by_priority(page: Page, gate: Gate) -> None:
     """A request of lowered priority comes after the others, and can be raised again."""
     choose(page, "test/gate")

@@ -31,7 +31,7 @@ def mask(page: Page) -> Locator:
 def start(page: Page) -> None:
     """Upload an image of 96 x 80 for inpainting and open the brush."""
     choose(page, "test/inpaint")
-    page.locator(".field.image_url input[type=file]").set_input_files(
+    page.locator("[data-name=image_url] input[type=file]").set_input_files(
         {"name": "in.png", "mimeType": "image/png", "buffer": png()}
     )
     page.get_by_role("button", name="Draw mask").click()
@@ -166,4 +166,4 @@ def test_a_mask_needs_an_image_of_this_server(page: Page, url: str, problem: str
     choose(page, "test/inpaint")
     page.get_by_label("Image URL").fill(url)
     page.get_by_role("button", name="Draw mask").click()
-    expect(page.locator(".field.mask_url .problem")).to_contain_text(problem)
+    expect(page.locator("[data-name=mask_url] .problem")).to_contain_text(problem)

@@ -184,7 +184,7 @@ def test_use_as_input_fills_the_image_to_image_form(page: Page) -> None:
 def drop(page: Page) -> None:
     """Drop an image of 96 x 80 on the image field."""
     content = base64.b64encode(encode(noise_image())).decode()
-    page.locator(".field.image_url").evaluate(
+    page.locator("[data-name=image_url]").evaluate(
         """(node, content) => {
             const bytes = Uint8Array.from(atob(content), (character) => character.charCodeAt(0));
             const transfer = new DataTransfer();
@@ -214,7 +214,7 @@ def test_invalid_field_is_marked(page: Page, is_collapsed: bool) -> None:
     page.get_by_role("button", name="Run").click()
     field = page.get_by_label("Guidance scale", exact=True)
     expect(field).to_have_attribute("aria-invalid", "true")
-    expect(page.locator(".field.guidance_scale .problem")).to_contain_text("less than or equal to 20")
+    expect(page.locator("[data-name=guidance_scale] .problem")).to_contain_text("less than or equal to 20")
     expect(field).to_be_focused()
 
 

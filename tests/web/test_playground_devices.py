@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.support.node import JS
-from tests.support.server_process import Server
+from tests.support.server_process import Gate, Server
 from tests.web.test_browser_client import browser as browser
 from tests.web.test_browser_client import find_executable
 from tests.web.test_playground import choose, open_page, run
@@ -138,17 +138,22 @@ def test_brush_is_accessible(node: None, page: Page) -> None:
     assert fits(page)
 
 
-@pytest.mark.parametrize("path", ["/", "/status"])
-def test_first_visit_loads_little(browser: Browser, playing: Server, path: str) -> None:
-    """A visit with an empty cache takes at most 100 kB: the page, its style and scripts, and the first form."""
+def bytes_of_a_visit(browser: Browser, url: str) -> dict[str, int]:
+    """Return the bytes that a visit with an empty cache transfers, by URL: page, style and scripts, and the first form."""
     context = browser.new_context()
     page = context.new_page()
     loaded: dict[str, int] = {}
-    page.on("response", lambda response: loaded.update({response.url: len(response.body())}))
-    page.goto(f"{playing.url}{path}")
+    page.on("requestfinished", lambda sent: loaded.update({sent.url: sent.sizes()["responseBodySize"]}))
+    page.goto(url)
     page.wait_for_selector("body[data-ready]")
     page.wait_for_load_state("networkidle")
     context.close()
+    return loaded
+
+
+@pytest.mark.parametrize("path", ["/", "/status"])
+def test_first_visit_loads_little(browser: Browser, playing: Server, path: str) -> None:
+    loaded = bytes_of_a_visit(browser, f"{playing.url}{path}")
     assert {f"{playing.url}/static/style.css", f"{playing.url}/static/elements.js"} <= loaded.keys()
     assert sum(loaded.values()) <= 100_000, loaded
 
@@ -160,6 +165,27 @@ def test_status_page_is_accessible(node: None, page: Page, playing: Server) -> N
     expect(page.locator("#failures")).to_contain_text("test/raises")
     assert violations(page) == []
     assert fits(page)
+    page.evaluate("document.getElementById('ask').showModal()")
+    assert violations(page) == []
+
+
+def test_the_queue_is_accessible(node: None, page: Page, gate: Gate) -> None:
+    """Check a request that runs, one that waits, one that failed, and an image that is chosen to compare."""
+    choose(page, "test/null")
+    expect(run(page, "compared").locator("figure img")).to_be_visible()
+    page.get_by_role("button", name="Compare").first.click()
+    choose(page, "test/raises")
+    expect(run(page, "fails").locator(".state")).to_contain_text("error", ignore_case=True)
+    choose(page, "test/gate")
+    run(page, str(gate.path))
+    choose(page, "test/null")
+    run(page, "waits")
+    expect(page.locator("#queue li")).to_have_count(2)
+    expect(page.locator("#comparing")).to_be_visible()
+    assert violations(page) == []
+    assert fits(page)
+    gate.release_all()
+    expect(page.locator("#queue")).to_be_hidden()
 
 
 def test_playground_works_with_the_keyboard(page: Page) -> None:

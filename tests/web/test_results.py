@@ -190,7 +190,7 @@ def test_an_image_is_dragged_to_an_input(page: Page) -> None:
     page.wait_for_selector("body[data-ready='test/copy']")
     expect(page.get_by_label("Image URL")).to_have_value(source)
     choose(page, "test/inpaint")
-    image.drag_to(page.locator(".field.mask_url"))
+    image.drag_to(page.locator("[data-name=mask_url]"))
     expect(page.get_by_label("Mask URL")).to_have_value(source)
 
 
@@ -241,12 +241,58 @@ def test_delete_asks_first_and_moves_on(page: Page, lightbox: Locator) -> None:
     expect(page.locator("#runs > li.run")).to_have_count(1)
 
 
+def test_a_request_that_cannot_be_deleted_stays(page: Page) -> None:
+    """The page tells why, and a second try succeeds."""
+    generate(page, "stays")
+    page.route("**/queue/**", lambda route: route.abort() if route.request.method == "DELETE" else route.continue_())
+    card(page, "stays").get_by_role("button", name="Delete").click()
+    confirm_delete(page)
+    expect(page.locator("#problem")).not_to_be_empty()
+    expect(page.locator("#runs > li.run")).to_have_count(1)
+    page.unroute("**/queue/**")
+    card(page, "stays").get_by_role("button", name="Delete").click()
+    confirm_delete(page)
+    expect(page.locator("#runs > li.run")).to_have_count(0)
+
+
+def test_the_focus_stays_in_the_lightbox(page: Page, lightbox: Locator) -> None:
+    """The buttons are made anew after each command; the keys work all the same."""
+    generate(page, "first", "second")
+    open_first(page)
+    lightbox.get_by_role("button", name="Favourite").click()
+    expect(lightbox.get_by_role("button", name="Favourite")).to_be_focused()
+    page.keyboard.press("ArrowRight")
+    expect(parameter(lightbox, "Prompt")).to_have_text("first")
+    page.keyboard.press("F")
+    expect(lightbox.get_by_role("button", name="Favourite")).to_have_attribute("aria-pressed", "true")
+    page.keyboard.press("S")
+    expect(page.get_by_label("Prompt")).to_have_value("first")
+
+
+def test_flagged_images_are_blurred_wherever_they_are_shown(page: Page, lightbox: Locator) -> None:
+    choose(page, "test/unsafe")
+    for prompt in ("one", "another"):
+        expect(run(page, prompt).locator("figure img.flagged")).to_be_visible()
+    open_first(page)
+    expect(lightbox.locator(".stage img")).to_have_class("flagged")
+    lightbox.get_by_role("button", name="Show", exact=True).click()
+    expect(lightbox.locator(".stage img.flagged")).to_have_count(0)
+    page.keyboard.press("Escape")
+    for place in (0, 1):
+        page.locator("#runs figure").nth(place).hover()
+        page.locator("#runs figure").nth(place).get_by_role("button", name="Compare").click()
+    dialog = page.locator("dialog.compare")
+    expect(dialog.locator("img.flagged")).to_have_count(2)
+    dialog.get_by_role("button", name="Show").click()
+    expect(dialog.locator("img.flagged")).to_have_count(0)
+
+
 def test_a_run_waits_for_an_upload(page: Page) -> None:
     """Run pressed during an upload sends the uploaded file's URL, not a text about the upload."""
     choose(page, "test/copy")
     page.get_by_label("Prompt").fill("uploaded")
     with page.expect_request(lambda request: request.url.endswith("/queue/test/copy")) as sent:
-        page.locator(".field.image_url input[type=file]").set_input_files(
+        page.locator("[data-name=image_url] input[type=file]").set_input_files(
             {"name": "in.png", "mimeType": "image/png", "buffer": png()}
         )
         page.get_by_role("button", name="Run").click()
@@ -258,11 +304,11 @@ def test_a_run_waits_for_an_upload(page: Page) -> None:
 def test_a_run_is_not_sent_after_a_failed_upload(page: Page) -> None:
     choose(page, "test/copy")
     page.route("**/storage/upload/initiate", lambda route: route.fulfill(status=413, json={"detail": "Too large."}))
-    page.locator(".field.image_url input[type=file]").set_input_files(
+    page.locator("[data-name=image_url] input[type=file]").set_input_files(
         {"name": "in.png", "mimeType": "image/png", "buffer": png()}
     )
     page.get_by_role("button", name="Run").click()
-    expect(page.locator(".field.image_url .problem")).to_have_text("Too large.")
+    expect(page.locator("[data-name=image_url] .problem")).to_have_text("Too large.")
     expect(page.locator("#runs > li.run")).to_have_count(0)
 
 

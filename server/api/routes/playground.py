@@ -5,6 +5,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.staticfiles import StaticFiles
 
 from models.schema import image_inputs
@@ -35,9 +36,9 @@ class _Files(StaticFiles):
         return response
 
 
-files = _Files(directory=STATIC)
+files = GZipMiddleware(_Files(directory=STATIC))
 #: Swagger UI's script and style, as packaged by fastapi-offline.
-swagger = _Files(packages=[("fastapi_offline", "static")])
+swagger = GZipMiddleware(_Files(packages=[("fastapi_offline", "static")]))
 
 
 @router.api_route("/", methods=["GET", "HEAD"])
@@ -73,7 +74,7 @@ async def playground_config(request: Request) -> Response:
             "strength": [
                 endpoint for endpoint, model in services.models.items() if "strength" in model.Input.model_fields
             ],
-            "paint_over": [
+            "image_to_image": [
                 endpoint
                 for endpoint, model in services.models.items()
                 if {"image_url", "strength"} <= model.Input.model_fields.keys()

@@ -62,7 +62,8 @@ INVALID_MESSAGES: dict[str, Callable[[Job], messages.Message]] = {
     "too many units": lambda job: with_outcome(job, billable_units=10**30),
     "a time that is not a number": lambda job: with_outcome(job, inference_time=float("nan")),
     "a provenance with unknown names": lambda job: with_outcome(job, provenance={"inference_time": "1"}),
-    "a provenance that is not text": lambda job: with_outcome(job, provenance={"dtype": 1}),
+    "a provenance that is not text": lambda job: with_outcome(job, provenance={"dtype": None}),
+    "a provenance that is too long": lambda job: with_outcome(job, provenance={"dtype": "x" * 10_000}),
     "an error that is not text": lambda job: with_outcome(job, status=500, error=b"x"),
     "no outcome": lambda job: messages.JobFinished(job.request_id, None, {}),  # type: ignore[arg-type]
     "too long a line": lambda job: messages.JobLog(job.request_id, "x" * 3_000_000, "INFO"),

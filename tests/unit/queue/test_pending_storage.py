@@ -88,7 +88,7 @@ WITH_TWO_FILES = FluxLoraInpaintingInput(prompt="x", image_url=EXAMPLE_IMAGE, ma
 def test_no_more_files_are_fetched_when_the_limit_of_their_owner_is_reached(tmp_path: Path) -> None:
     with open_components(tmp_path) as components:
         components.queue.submit(submission(input=to_json({"prompt": "x" * 20_000}).decode(), owner="me"))
-        components.inputs._max_bytes_per_owner = 20_100
+        components.inputs._max_bytes_per_owner = 20_020
         with pytest.raises(QueueFull, match="--max-uploads-gb"):
             asyncio.run(components.inputs.resolve(WITH_TWO_FILES, "me"))
         assert len(list((components.data_dir / "inputs").iterdir())) == 1
@@ -97,8 +97,9 @@ def test_no_more_files_are_fetched_when_the_limit_of_their_owner_is_reached(tmp_
 def test_files_that_exceed_the_limit_alone_are_invalid_however_often_they_are_sent(tmp_path: Path) -> None:
     with open_components(tmp_path) as components:
         components.inputs._max_bytes_per_owner = 10
-        with pytest.raises(InvalidInput, match="larger than 1e-08 GB together") as refused:
+        with pytest.raises(InvalidInput, match="more than 1e-08 GB together") as refused:
             asyncio.run(components.inputs.resolve(WITH_TWO_FILES, "me"))
         (entry,) = refused.value.detail
         assert (entry["type"], entry["loc"]) == ("file_too_large", ["body", "image_url"])
+        assert (entry["input"], entry["ctx"]) == (EXAMPLE_IMAGE[:1000], {"max_size": 10})
         assert len(list((components.data_dir / "inputs").iterdir())) == 1

@@ -82,8 +82,10 @@ def test_finish_stores_result_logs_timings_files_and_the_due_webhook(components:
     assert components.queue.finish(job, success('{"seed":7}', file))
     outcome = components.queue.result(job)
     assert (outcome.status, outcome.body, outcome.inference_time) == (200, '{"seed":7}', 1.5)
-    ((finished_at, provenance, logs),) = components.rows("SELECT finished_at, provenance, logs FROM jobs")
-    assert (finished_at, json.loads(provenance)) == (components.clock.now, PROVENANCE)
+    ((finished_at, logs, *made),) = components.rows(
+        "SELECT finished_at, logs, acceleration, dtype, weights, memory FROM jobs"
+    )
+    assert (finished_at, made) == (components.clock.now, list(PROVENANCE.values()))
     assert [line["message"] for line in json.loads(logs)] == ["step 1/2"]
     row = ("a.png", job.request_id, "me", 3, "image/png", None, 1, components.clock.now, 5.0)
     assert components.rows("SELECT * FROM files") == [row]
