@@ -139,7 +139,7 @@ def test_brush_is_accessible(node: None, page: Page) -> None:
 
 
 def bytes_of_a_visit(browser: Browser, url: str) -> dict[str, int]:
-    """Return the bytes that a visit with an empty cache transfers, by URL: page, style and scripts, and the first form."""
+    """Return the transferred bytes of a visit with an empty cache, by URL: page, style, scripts, and the first form."""
     context = browser.new_context()
     page = context.new_page()
     loaded: dict[str, int] = {}
