@@ -46,8 +46,8 @@ class Metrics:
         for endpoint, outcome in itertools.product(endpoints, ("completed", "failed", "cancelled")):
             self.ended.labels(endpoint, outcome)
         self.retried = self._counter("requests_retried", "Starts of requests that had started before.", "endpoint")
-        self.images = self._counter("pictures", "Images generated.", "endpoint")
-        self.flagged = self._counter("pictures_flagged", "Images blacked out after the safety check.", "endpoint")
+        self.images = self._counter("images", "Images generated.", "endpoint")
+        self.flagged = self._counter("images_flagged", "Images blacked out after the safety check.", "endpoint")
         self.webhooks = self._counter("webhook_attempts", "Attempts to deliver a webhook.", "outcome")
         self.wait = self._histogram(
             "queue_wait_seconds", "Seconds from the submit to the first start.", _WAITS, "endpoint"

@@ -19,7 +19,7 @@ _MINUTES = """
     SELECT CAST((finished_at - ?1) / 60 AS INTEGER) AS minute,
         count(*) AS ended, sum(status = 200) AS completed, sum(billable_units) AS billable_units,
         sum((status = 200) * coalesce(iif(json_valid(input), json_extract(input, '$.num_images'), 1), 1))
-            AS pictures,
+            AS images,
         avg(started_at - submitted_at) AS wait, avg(inference_time) AS inference
     FROM jobs WHERE state = 'COMPLETED' AND finished_at > ?1 GROUP BY minute
 """
@@ -50,7 +50,7 @@ _TIMES = """
 """
 
 #: A minute in which no request finished.
-_NOTHING = {"ended": 0, "completed": 0, "billable_units": 0, "pictures": 0, "wait": None, "inference": None}
+_NOTHING = {"ended": 0, "completed": 0, "billable_units": 0, "images": 0, "wait": None, "inference": None}
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ async function repaint(url, { endpoint: name, input }) {
   if (!mask) return;
   mask.write(undefined);
   fields.get("prompt")?.write(input.prompt);
-  if (await mask.paint()) form.focus(fields, "prompt");
+  if (await mask.draw()) form.focus(fields, "prompt");
 }
 
 async function submit(name, input, priority = byId("priority").value) {

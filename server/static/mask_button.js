@@ -5,11 +5,11 @@ import { button } from "./elements.js";
 
 // `imageField()` returns the form's field for the image.
 export const maskButton = (imageField) => (field) => {
-  field.paint = () => paint(field, imageField());
-  return button("Draw mask", field.paint);
+  field.draw = () => draw(field, imageField());
+  return button("Draw mask", field.draw);
 };
 
-async function paint(field, imageField) {
+async function draw(field, imageField) {
   await imageField?.settled();
   const url = localUrl(imageField?.read() ?? "");
   field.showProblem("");

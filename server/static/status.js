@@ -29,7 +29,7 @@ const NOW = {
 
 // The plots of the last hour: the label, the value of a minute, and the format of the highest value.
 const PLOTS = [
-  ["Images per minute", (minute) => minute.pictures, count],
+  ["Images per minute", (minute) => minute.images, count],
   ["Billable megapixels per minute", (minute) => minute.billable_units, count],
   ["Mean queue wait", (minute) => minute.wait, seconds],
   ["Mean generation time", (minute) => minute.inference, seconds],

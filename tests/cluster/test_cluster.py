@@ -54,7 +54,7 @@ def test_each_gpu_generates_images_and_appears_in_metrics(three_nodes: Any, tmp_
         assert len({image_digest(client, each) for each in paths}) == 12
         metrics = client.get("/metrics").text
         assert all(f'flux_server_gpu_ready{{gpu="{number}",node=' in metrics for number in range(3))
-        assert 'flux_server_pictures_total{endpoint="test/slow"} 12.0' in metrics
+        assert 'flux_server_images_total{endpoint="test/slow"} 12.0' in metrics
         # All GPUs were free, so each received jobs.
         assert {int(line.split("gpu=")[1]) for line in server.lines if "ready [server.worker.worker]" in line} == {
             0,

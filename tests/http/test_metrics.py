@@ -50,9 +50,9 @@ def test_requests_and_images(quiet_client: httpx.Client) -> None:
     assert quiet_client.post("/test/unsafe", json={"prompt": "x"}).json()["has_nsfw_concepts"] == [True]
     assert quiet_client.post("/test/raises", json={"prompt": "x"}).status_code == 500
     found = read(quiet_client)
-    assert found["pictures_total", labels_of("test/null")] == 3
-    assert found["pictures_flagged_total", labels_of("test/null")] == 0
-    assert found["pictures_flagged_total", labels_of("test/unsafe")] == 1
+    assert found["images_total", labels_of("test/null")] == 3
+    assert found["images_flagged_total", labels_of("test/null")] == 0
+    assert found["images_flagged_total", labels_of("test/unsafe")] == 1
     assert found["requests_submitted_total", labels_of("test/raises")] == 1
     assert found["requests_ended_total", labels_of("test/null", outcome="completed")] == 1
     assert found["requests_ended_total", labels_of("test/raises", outcome="failed")] == 1

@@ -14,10 +14,10 @@ from models.base import EngineConfig
 from models.demo.recipe.export import LORA
 from models.flux.engine import FluxEngine
 from models.flux.loader import load_engine
-from models.flux.prompt_cache import count_text_tokens
 from models.loading.devices import dtype_for
 from models.loading.specs import DEMO, assign_weights
 from tests.support import tiny_flux
+from tests.support.diffusers_calls import image_of, pipeline_of
 from tests.support.tiny_flux import difference, finish_task, write_lora
 
 SIZE = (128, 96)
@@ -62,23 +62,13 @@ def diffusers_image(pipeline: Any, request: Any, size: tuple[int, int], inputs: 
     more = {argument: Image.open(inputs[name]) for argument, name in images.items() if name in fields}
     if "strength" in fields:
         kind = FluxInpaintPipeline if "mask_url" in fields else FluxImg2ImgPipeline
-        pipeline, more = kind(**pipeline.components), {**more, "strength": request.strength}
+        pipeline = pipeline_of(kind, pipeline.components)
     pipeline.set_progress_bar_config(disable=True)
     if "loras" in fields:
         lora = inputs["loras.0.path"]
         pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="client")
         pipeline.set_adapters(["client"], [request.loras[0].scale])
-    image: Image.Image = pipeline(
-        prompt=request.prompt,
-        width=size[0],
-        height=size[1],
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-        max_sequence_length=count_text_tokens(pipeline),
-        **more,
-    ).images[0]
-    return image
+    return image_of(pipeline, request, size, seed=request.seed, **more)
 
 
 def body_of(endpoint: str, size: tuple[int, int], *, takes_all_steps: bool) -> dict[str, Any]:

@@ -11,13 +11,14 @@ from models.base import EngineConfig
 from models.flux.batch import TOKEN_BUDGET
 from models.flux.engine import FluxEngine
 from models.flux.loader import load_engine
-from models.flux.prompt_cache import PromptEmbeds, count_text_tokens
+from models.flux.prompt_cache import PromptEmbeds
 from models.flux.task import FluxTask
 from models.flux_dev import FluxDevInput
 from models.image_size import PRESETS
 from models.loading.devices import dtype_for
 from models.loading.specs import DEMO
 from tests.support import tiny_flux
+from tests.support.diffusers_calls import image_of
 from tests.support.tiny_flux import (
     difference,
     finish_task,
@@ -31,16 +32,8 @@ from tests.support.tiny_flux import (
 
 def call_diffusers(pipeline: FluxPipeline, request: FluxDevInput, seed: int, **arguments: Any) -> Any:
     """Return what FluxPipeline generates for the request: the image, or latents if the arguments ask for them."""
-    return pipeline(
-        request.prompt,
-        width=request.image_size.width,
-        height=request.image_size.height,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        max_sequence_length=count_text_tokens(pipeline),
-        **arguments,
-    ).images[0]
+    size = (request.image_size.width, request.image_size.height)
+    return image_of(pipeline, request, size, seed=seed, **arguments)
 
 
 # -- the demo weights

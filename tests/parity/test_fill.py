@@ -12,11 +12,11 @@ from pydantic import ValidationError
 
 from models.base import GenerationFailed
 from models.flux.engine import FluxEngine
-from models.flux.prompt_cache import count_text_tokens
 from models.flux.redux import Redux
 from models.flux_dev import FluxDevInput
 from models.flux_fill import FluxLoraFillInput
 from tests.support import tiny_flux
+from tests.support.diffusers_calls import image_of, pipeline_of
 from tests.support.tiny_flux import AllSafeChecker, difference, finish_task, tiers_of, write_lora
 from tests.support.tiny_redux import prior
 
@@ -33,10 +33,7 @@ def fill_pipeline(dtype: torch.dtype) -> FluxPipeline:
 
 
 def diffusers_pipeline(dtype: torch.dtype) -> FluxFillPipeline:
-    parts = dict(fill_pipeline(dtype).components)
-    # The class for Fill has no parts for IP adapters.
-    del parts["image_encoder"], parts["feature_extractor"]
-    return FluxFillPipeline(**parts)
+    return pipeline_of(FluxFillPipeline, fill_pipeline(dtype).components)
 
 
 def engine_of(pipeline: FluxPipeline) -> FluxEngine:
@@ -69,18 +66,8 @@ def test_equals_the_pipeline(files: dict[str, Path], tmp_path: Path, dtype: torc
         pipeline.load_lora_weights(str(tmp_path), weight_name="lora.safetensors", adapter_name="client")
         pipeline.set_adapters(["client"], [0.8])
     (image,) = finish_task(engine, engine.start(request, 5, files))
-    pipeline.set_progress_bar_config(disable=True)
-    expected = pipeline(
-        prompt=request.prompt,
-        image=Image.open(files["image_url"]),
-        mask_image=Image.open(files["mask_url"]),
-        width=80,
-        height=64,
-        num_inference_steps=3,
-        guidance_scale=request.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(5),
-        max_sequence_length=count_text_tokens(pipeline),
-    ).images[0]
+    images: dict[str, Any] = {"image": Image.open(files["image_url"]), "mask_image": Image.open(files["mask_url"])}
+    expected = image_of(pipeline, request, SIZE, **images)
     assert image.size == (80, 64)
     assert difference(image, expected) == 0
 

@@ -11,12 +11,12 @@ from PIL import Image
 
 from models.base import EngineConfig
 from models.flux.loader import load_engine
-from models.flux.prompt_cache import count_text_tokens
 from models.flux_dev import FluxDevImageToImageInput
 from models.flux_lora import FluxLoraImageToImageInput
 from models.loading.devices import dtype_for
 from models.loading.specs import DEMO
 from tests.support import tiny_flux
+from tests.support.diffusers_calls import image_of, pipeline_of
 from tests.support.tiny_flux import difference, finish_task
 
 
@@ -29,21 +29,8 @@ def request_with(**fields: Any) -> FluxDevImageToImageInput:
 def call_diffusers(pipeline: FluxPipeline, request: Any, image: Image.Image, seed: int) -> Any:
     """Generate the request's image with FluxImg2ImgPipeline, at the size that the engine rounds to."""
     size = getattr(request, "image_size", None)
-    width, height = (size.width, size.height) if size else image.size
-    image_pipeline = FluxImg2ImgPipeline(**pipeline.components)
-    image_pipeline.set_progress_bar_config(disable=True)
-    multiple = image_pipeline.vae_scale_factor * 2
-    return image_pipeline(
-        request.prompt,
-        image=image,
-        strength=request.strength,
-        width=width // multiple * multiple,
-        height=height // multiple * multiple,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        max_sequence_length=count_text_tokens(pipeline),
-    ).images[0]
+    wanted = (size.width, size.height) if size else image.size
+    return image_of(pipeline_of(FluxImg2ImgPipeline, pipeline.components), request, wanted, seed=seed, image=image)
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from PIL import Image
 from models.base import EngineConfig
 from models.flux.engine import FluxEngine
 from models.flux.loader import load_engine
-from models.flux.prompt_cache import count_text_tokens
 from models.flux_lora import FluxKreaLoraInpaintingInput
 from models.loading.devices import dtype_for
 from models.loading.specs import DEMO
 from tests.support import tiny_flux
+from tests.support.diffusers_calls import image_of, pipeline_of
 from tests.support.tiny_flux import difference, finish_task, write_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
@@ -32,24 +32,10 @@ def call_diffusers(
 ) -> Image.Image:
     """Generate the request's image with FluxInpaintPipeline, at the size that the engine rounds to."""
     image, mask = Image.open(files["image_url"]), Image.open(files["mask_url"])
-    inpaint_pipeline = FluxInpaintPipeline(**pipeline.components)
-    inpaint_pipeline.set_progress_bar_config(disable=True)
-    multiple = inpaint_pipeline.vae_scale_factor * 2
     size = request.image_size
-    width, height = (size.width, size.height) if size else image.size
-    result: Image.Image = inpaint_pipeline(
-        request.prompt,
-        image=image,
-        mask_image=mask,
-        strength=request.strength,
-        width=width // multiple * multiple,
-        height=height // multiple * multiple,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        max_sequence_length=count_text_tokens(pipeline),
-    ).images[0]
-    return result
+    wanted = (size.width, size.height) if size else image.size
+    inpaint = pipeline_of(FluxInpaintPipeline, pipeline.components)
+    return image_of(inpaint, request, wanted, seed=seed, image=image, mask_image=mask)
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from diffusers import FluxKontextInpaintPipeline, FluxKontextPipeline, FluxPipel
 from PIL import Image
 
 from models.flux import batch
-from models.flux.prompt_cache import count_text_tokens
 from models.flux_kontext import FluxKontextDevInput, FluxKontextLoraInpaintInput
 from tests.support import tiny_flux
+from tests.support.diffusers_calls import image_of, pipeline_of
 from tests.support.tiny_flux import difference, finish_task, run_steps
 
 NUM_STEPS = 2
@@ -33,20 +33,9 @@ def reference(tmp_path: Path) -> Path:
 
 def call_diffusers(kind: Any, pipeline: FluxPipeline, request: Any, size: tuple[int, int], **images: Any) -> Any:
     """Generate the request's image with a pipeline of diffusers, at the size that the engine rounds to."""
-    kontext = kind(**pipeline.components)
-    kontext.set_progress_bar_config(disable=True)
     width, height = (side // 16 * 16 for side in size)
-    return kontext(
-        prompt=request.prompt,
-        width=width,
-        height=height,
-        max_area=width * height,
-        num_inference_steps=NUM_STEPS,
-        guidance_scale=request.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(5),
-        max_sequence_length=count_text_tokens(pipeline),
-        **images,
-    ).images[0]
+    kontext = pipeline_of(kind, pipeline.components)
+    return image_of(kontext, request, size, max_area=width * height, **images)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -71,22 +60,9 @@ def test_inpainting_equals_the_pipeline(reference: Path, tmp_path: Path) -> None
     request = FluxKontextLoraInpaintInput.model_validate({**body, "num_inference_steps": 10, "strength": 0.25})
     files = {"image_url": start, "reference_image_url": reference, "mask_url": mask}
     (image,) = finish_task(engine, engine.start(request, 5, files))
-    kontext = FluxKontextInpaintPipeline(**pipeline.components)
-    kontext.set_progress_bar_config(disable=True)
-    expected = kontext(
-        prompt=request.prompt,
-        image=Image.open(start),
-        image_reference=Image.open(reference),
-        mask_image=Image.open(mask),
-        strength=request.strength,
-        width=size[0],
-        height=size[1],
-        max_area=size[0] * size[1],
-        num_inference_steps=10,
-        guidance_scale=request.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(5),
-        max_sequence_length=count_text_tokens(pipeline),
-    ).images[0]
+    images = {"image": start, "image_reference": reference, "mask_image": mask}
+    opened = {name: Image.open(path) for name, path in images.items()}
+    expected = call_diffusers(FluxKontextInpaintPipeline, pipeline, request, size, **opened)
     assert image.size == size
     assert difference(image, expected) == 0
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from models.base import GenerationFailed, IncompatibleInput
 from models.flux.engine import FluxEngine
 from models.flux.loras import LoraManager
-from models.flux.prompt_cache import count_text_tokens
 from models.flux_lora import FluxLoraInput
 from server.queue.jobs import Job
 from server.worker.running_job import outcome_from_exception
 from tests.support import tiny_flux
+from tests.support.diffusers_calls import image_of
 from tests.support.tiny_flux import RANK, difference, finish_task, write_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
@@ -56,15 +56,7 @@ def call_diffusers(pipeline: FluxPipeline, request: FluxLoraInput, *paths: Path)
         pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=f"a{index}")
     if paths:
         pipeline.set_adapters([f"a{index}" for index in range(len(paths))], [lora.scale for lora in request.loras])
-    return pipeline(
-        request.prompt,
-        width=request.image_size.width,
-        height=request.image_size.height,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(5),
-        max_sequence_length=count_text_tokens(pipeline),
-    ).images[0]
+    return image_of(pipeline, request, (request.image_size.width, request.image_size.height))
 
 
 def fingerprint(engine: FluxEngine) -> str:

@@ -23,16 +23,19 @@ def pipeline_of(kind: Any, parts: Mapping[str, Any]) -> Any:
 def image_of(pipeline: Any, request: Any, size: tuple[int, int], *, seed: int = SEED, **arguments: Any) -> Image:
     """Generate a request's image with a pipeline, given the arguments that are not numbers and texts of the request.
 
-    The strength counts if there is an image to start from, and the negative prompt if there is real guidance.
+    The sides are rounded down as the engine rounds them. The strength counts if there is an image to start from, and
+    the negative prompt if there is real guidance.
     """
-    if "image" in arguments:
+    multiple = 2 * pipeline.vae_scale_factor
+    width, height = (side // multiple * multiple for side in size)
+    if "image" in arguments and hasattr(request, "strength"):
         arguments["strength"] = request.strength
     if getattr(request, "use_real_cfg", False):
         arguments |= {"true_cfg_scale": request.real_cfg_scale, "negative_prompt": request.negative_prompt}
     found: Image = pipeline(
         prompt=request.prompt,
-        width=size[0],
-        height=size[1],
+        width=width,
+        height=height,
         num_inference_steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
         generator=torch.Generator("cpu").manual_seed(seed),

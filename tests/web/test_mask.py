@@ -126,6 +126,18 @@ def test_a_mask_is_drawn_by_keyboard(page: Page, mask: Locator) -> None:
     assert (drawn_at(page, 0.5, 0.5), drawn_at(page, 0.55, 0.5), drawn_at(page, 0.2, 0.5)) == (True, True, False)
     page.keyboard.press("Control+z")
     assert not drawn_at(page, 0.5, 0.5)
+    size = mask.get_by_label("Brush size")
+    sizes = [float(size.input_value())]
+    for key in ("]", "["):
+        page.keyboard.press(key)
+        sizes.append(float(size.input_value()))
+    assert sizes[0] < sizes[1] > sizes[2]
+    page.keyboard.press("i")
+    assert drawn_at(page, 0.2, 0.5)
+    page.keyboard.press("e")
+    expect(mask.get_by_role("button", name="Erase")).to_have_attribute("aria-pressed", "true")
+    page.keyboard.press("e")
+    page.keyboard.press("i")
     page.keyboard.press("Space")
     page.keyboard.press("Enter")
     expect(mask).to_have_count(0)
@@ -160,7 +172,13 @@ def test_a_part_of_a_result_is_repainted(page: Page, mask: Locator) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "problem"), [("", "Choose the image first"), ("https://example.com/a.png", "Upload the image")]
+    ("url", "problem"),
+    [
+        ("", "Choose the image first"),
+        ("https://example.com/a.png", "Upload the image"),
+        # In the form of fal's own files.
+        ("https://example.com/files/tiger/a.png", "Upload the image"),
+    ],
 )
 def test_a_mask_needs_an_image_of_this_server(page: Page, url: str, problem: str) -> None:
     choose(page, "test/inpaint")
