@@ -199,8 +199,8 @@ def widened_linear(layer: Any, num_inputs: int, like: torch.Tensor) -> Any:
 
     Raises GenerationFailed if the layer's weights are quantized in their files.
     """
-    # Libraries that quantize have layers of their own, or tensors.
-    is_plain = type(layer) is torch.nn.Linear and type(layer.weight.data) is torch.Tensor
+    # Libraries that quantize have layers or classes of tensors of their own.
+    is_plain = type(layer) is torch.nn.Linear and type(layer.weight.data).__module__.partition(".")[0] == "torch"
     if not (is_plain and layer.weight.is_floating_point()):
         raise GenerationFailed("Control LoRAs do not work on these quantized weights.")
     wide = torch.nn.Linear(num_inputs, layer.out_features, device="meta")

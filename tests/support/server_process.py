@@ -91,8 +91,8 @@ class Server:
         return "localhost:" + self.wait_for(r"and https://[^:]+:(\d+)")[1]
 
     def ready(self) -> "Server":
-        """Wait until the server can generate images; return the server."""
-        self.wait_for(r"ready \[server\.worker\.worker\]|\"message\": \"ready\"")
+        """Wait until the server can generate images; return the server. On a busy machine, weights load slowly."""
+        self.wait_for(r"ready \[server\.worker\.worker\]|\"message\": \"ready\"", seconds=110)
         return self
 
     def kill(self) -> None:
