@@ -2,13 +2,13 @@
 
 import * as api from "./api.js";
 import { askForKey, withKey } from "./api_key.js";
-import { inputsOf } from "./batch.js";
 import { announce, byId, element } from "./elements.js";
 import * as form from "./form.js";
 import { copyText, dropped } from "./image_files.js";
 import * as recentRuns from "./recent_runs.js";
 import * as results from "./results.js";
 import * as savedSettings from "./saved_settings.js";
+import * as sending from "./sending.js";
 import * as tabs from "./tabs.js";
 import { imageToImageFor, inpaintingFor } from "./targets.js";
 
@@ -41,7 +41,7 @@ async function choose(name) {
     const previous = form.read(fields);
     fields = form.build(schema, { first: byId("fields"), more: byId("more") }, onChange);
     fill(previous, savedSettings.settingsOf(name));
-    placeBatchOptions();
+    sending.place(fields);
     byId("problem").textContent = "";
   } catch (error) {
     if (choice !== latestChoice) return;
@@ -56,7 +56,10 @@ async function choose(name) {
 // Fill a new form with what it had last, or else with the endpoint's defaults and what fits of the previous form. The
 // prompt and the image are always those of the previous form, if it had them.
 function fill({ prompt, image_url, image_size, seed }, saved) {
-  if (saved) form.write(fields, saved);
+  if (saved) {
+    form.write(fields, saved.input);
+    sending.write(saved.options);
+  }
   // Without a default size, the image has the size of the input image.
   const size = fields.get("image_size")?.read() === undefined ? undefined : image_size;
   const kept = saved ? { prompt, image_url } : { prompt, image_url, image_size: size, seed };
@@ -65,31 +68,20 @@ function fill({ prompt, image_url, image_size, seed }, saved) {
   }
 }
 
+const settings = () => ({ input: form.read(fields), options: sending.read() });
+
 function onChange() {
-  savedSettings.remember(endpoint, form.read(fields));
+  savedSettings.remember(endpoint, settings());
   showCount();
   showCode();
 }
 
-// Put the options for several requests next to the fields that they are about.
-const [perLine, seeds] = [byId("per-line"), byId("seeds")];
-const batchLabels = { prompt: byId("per-line-label"), seed: byId("seeds-label") };
-function placeBatchOptions() {
-  for (const [name, label] of Object.entries(batchLabels)) {
-    label.remove();
-    fields.get(name)?.node.append(label);
-  }
-}
-
-const batchOptions = () => ({
-  isPromptPerLine: perLine.checked,
-  numSeeds: fields.has("seed") ? Math.max(1, Math.trunc(seeds.value) || 1) : 1,
-});
+const inputsToSend = () => sending.inputsOf(form.read(fields), sending.read(), fields.has("seed"));
 
 // Show on the button how many requests it sends.
 function showCount() {
   try {
-    const number = inputsOf(form.read(fields), batchOptions()).length;
+    const number = inputsToSend().length;
     byId("run-label").textContent = number > 1 ? `Run ${number}` : "Run";
   } catch {
     byId("run-label").textContent = "Run";
@@ -111,10 +103,12 @@ async function showCodeOf(name, input) {
   byId("tab-code").focus();
 }
 
-async function useSettings(name, input) {
+// Without options, the form sends one request, with the priority that it has.
+async function useSettings(name, input, options = { priority: sending.read().priority }) {
   if (name !== endpoint) await choose(name);
   if (name !== endpoint) return;
   form.write(fields, input);
+  sending.write(options);
   onChange();
   byId("form").scrollIntoView({ block: "nearest" });
 }
@@ -140,7 +134,7 @@ async function repaint(url, { endpoint: name, input }) {
   if (await mask.draw()) form.focus(fields, "prompt");
 }
 
-async function submit(name, input, priority = byId("priority").value) {
+async function submit(name, input, priority = sending.read().priority) {
   const { request_id: requestId } = await withKey(() => api.submit(name, input, priority));
   const request = { endpoint: name, requestId, input, startedAt: Date.now(), ...(priority === "low" && { priority }) };
   results.follow(results.add(request));
@@ -150,10 +144,10 @@ async function submit(name, input, priority = byId("priority").value) {
 async function run() {
   if (!(await form.settled(fields))) return;
   byId("problem").textContent = form.showProblems(fields, []);
-  const [name, priority] = [endpoint, byId("priority").value];
+  const [name, { priority }] = [endpoint, sending.read()];
   let [sent, inputs] = [0, []];
   try {
-    inputs = inputsOf(form.read(fields), batchOptions());
+    inputs = inputsToSend();
     for (const input of inputs) {
       await submit(name, input, priority);
       sent += 1;
@@ -169,7 +163,7 @@ async function run() {
 
 // Copy a link that holds the settings. Without access to the clipboard, show the link as the page's address.
 async function share() {
-  const fragment = savedSettings.toFragment(endpoint, form.read(fields));
+  const fragment = savedSettings.toFragment(endpoint, settings());
   try {
     await copyText(`${location.href.split("#")[0]}${fragment}`);
     announce("The link is copied.");
@@ -190,7 +184,7 @@ async function useLink() {
     byId("problem").textContent = `This server has no endpoint ${link.endpoint}, which the link is for.`;
     return;
   }
-  await useSettings(link.endpoint, link.input);
+  await useSettings(link.endpoint, link.input, link.options);
 }
 
 // An image dropped next to the fields goes to the form's first image input, or to an endpoint that takes an image.
@@ -215,11 +209,12 @@ document.addEventListener("keydown", (event) => {
 });
 byId("reset").addEventListener("click", () => {
   form.write(fields, {});
+  sending.write({});
   form.showProblems(fields, []);
   onChange();
   savedSettings.forget(endpoint);
 });
-for (const control of [perLine, seeds]) control.addEventListener("input", showCount);
+sending.start(onChange);
 byId("share").addEventListener("click", share);
 addEventListener("hashchange", useLink);
 byId("endpoint").addEventListener("change", () => choose(byId("endpoint").value));

@@ -1,17 +1,18 @@
-// The settings of each endpoint's form, kept in this browser, and links that hold them.
+// The settings of each endpoint's form, kept in this browser, and links that hold them: { input, options }, with the
+// options of sending.js.
 
 import { withoutData } from "./labels.js";
 
-const KEY = "settings";
+const KEY = "forms";
 
 const load = () => JSON.parse(localStorage.getItem(KEY) ?? "{}");
 
-// Return the input that the endpoint's form had last; undefined if it was never changed.
+// Return the settings that the endpoint's form had last; undefined if they were never changed.
 export const settingsOf = (endpoint) => load()[endpoint];
 
-export function remember(endpoint, input) {
+export function remember(endpoint, settings) {
   try {
-    localStorage.setItem(KEY, JSON.stringify({ ...load(), [endpoint]: input }, withoutData));
+    localStorage.setItem(KEY, JSON.stringify({ ...load(), [endpoint]: settings }, withoutData));
   } catch {
     // The storage is full: the form works without being remembered.
   }
@@ -22,17 +23,20 @@ export function forget(endpoint) {
   localStorage.setItem(KEY, JSON.stringify(others));
 }
 
-// The part of a link behind "#". Browsers do not send it to the server.
-export const toFragment = (endpoint, input) => `#${endpoint}?${encodeURIComponent(JSON.stringify(input, withoutData))}`;
+// The part of a link behind "#": the endpoint, "?", the input, "&", the options. Browsers do not send it to the server.
+export const toFragment = (endpoint, { input, options }) =>
+  `#${endpoint}?${[input, options].map((part) => encodeURIComponent(JSON.stringify(part, withoutData))).join("&")}`;
 
-// Return the endpoint and the input of a link; null if it holds none.
+// Return { endpoint, input, options } of a link; null if it holds none.
 export function fromFragment(fragment) {
-  const match = /^#([\w./-]+)\?(.+)$/.exec(fragment);
+  const match = /^#([\w./-]+)\?([^&]+)(?:&([^&]+))?$/.exec(fragment);
   if (!match) return null;
   try {
-    const input = JSON.parse(decodeURIComponent(match[2]));
-    return typeof input === "object" && input !== null && !Array.isArray(input) ? { endpoint: match[1], input } : null;
+    const [input, options] = [match[2], match[3] ?? "{}"].map((part) => JSON.parse(decodeURIComponent(part)));
+    return isObject(input) && isObject(options) ? { endpoint: match[1], input, options } : null;
   } catch {
     return null;
   }
 }
+
+const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);

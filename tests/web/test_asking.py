@@ -15,6 +15,7 @@ from tests.web.test_playground import playing as playing
 
 #: A link whose values have the wrong types.
 ODD = "#test/lora?" + quote('{"loras": [null, 5], "image_size": 7, "seed": "x", "prompt": {"a": 1}, "num_images": []}')
+ODD += "&" + quote('{"isPromptPerLine": 7, "numSeeds": "many", "priority": []}')
 
 
 @pytest.fixture
@@ -95,6 +96,49 @@ def test_the_queue_panel_estimates_and_cancels(page: Page, gate: Gate) -> None:
     expect(page.locator("#runs > li.run .state")).to_contain_text(["cancelled"] * 4)
 
 
+def test_a_request_that_cannot_be_cancelled_stays(page: Page, gate: Gate) -> None:
+    """The page says why, and "Cancel all" counts only what the server cancelled."""
+    choose(page, "test/gate")
+    run(page, str(gate.path))
+    panel = page.locator("#queue")
+    page.route("**/cancel", lambda route: route.fulfill(status=503, json={"detail": "The disk is full."}))
+    panel.get_by_role("button", name="Cancel", exact=True).click()
+    expect(page.locator("#problem")).to_have_text("The disk is full.")
+    panel.get_by_role("button", name="Cancel all").click()
+    expect(page.locator("#announcement")).to_have_text("0 requests cancelled.")
+    expect(panel.locator("li .prompt")).to_have_text([str(gate.path)])
+    gate.release_all()
+    expect(page.locator("#runs figure img")).to_have_count(1)
+
+
+def test_the_focus_moves_on_when_a_request_leaves_the_queue(page: Page, gate: Gate) -> None:
+    choose(page, "test/gate")
+    run(page, str(gate.path))
+    choose(page, "test/null")
+    for prompt in ("apple", "bread"):
+        run(page, prompt)
+    rows = page.locator("#queue li")
+    rows.filter(has_text="apple").get_by_role("button", name="Cancel").press("Enter")
+    expect(rows.locator(".prompt")).to_have_text([str(gate.path), "bread"])
+    expect(rows.filter(has_text="bread").get_by_role("button", name="Lower priority")).to_be_focused()
+    gate.release_all()
+    expect(page.locator("#queue")).to_be_hidden()
+
+
+def test_the_priority_of_a_request_that_paints_cannot_change(page: Page, gate: Gate) -> None:
+    """A request that was taken from the queue can still be sent again before its first step."""
+    choose(page, "test/gate")
+    run(page, str(gate.path))
+    row = page.locator("#queue li")
+    expect(row.locator(".state")).to_contain_text("Generating")
+    expect(row.get_by_role("button", name="Lower priority")).to_be_visible()
+    gate.release(1)
+    expect(row.locator(".state")).to_contain_text("Step 1 of 28")
+    expect(row.get_by_role("button", name="Lower priority")).to_be_hidden()
+    gate.release_all()
+    expect(page.locator("#runs figure img")).to_have_count(1)
+
+
 def test_time_left_follows_the_order_in_which_requests_end(page: Page) -> None:
     """Steps take 2 seconds, the running request with the least work left is first, and others' requests count too."""
     assert page.evaluate("""async () => {
@@ -135,39 +179,54 @@ def test_settings_are_remembered_for_each_endpoint(page: Page) -> None:
     page.get_by_label("Prompt", exact=True).fill("a fox")
     page.get_by_role("button", name=re.compile("512.512")).click()
     page.get_by_label("Number of images", exact=True).fill("3")
+    page.get_by_label("Each line is a request").check()
+    page.get_by_label("Number of seeds").fill("4")
     choose(page, "test/unsafe")
+    page.get_by_label("Number of seeds").fill("2")
+    page.get_by_label("Priority").select_option("low")
     page.get_by_label("Number of images", exact=True).fill("2")
     page.reload()
     page.wait_for_selector("body[data-ready='test/unsafe']")
     expect(page.get_by_label("Number of images", exact=True)).to_have_value("2")
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a fox")
+    expect(page.get_by_label("Number of seeds")).to_have_value("2")
+    expect(page.get_by_label("Priority")).to_have_value("low")
     choose(page, "test/null")
     expect(page.get_by_label("Number of images", exact=True)).to_have_value("3")
     expect(page.get_by_label("Width in pixels")).to_have_value("512")
+    expect(page.get_by_label("Each line is a request")).to_be_checked()
+    expect(page.get_by_role("button", name="Run 4")).to_be_visible()
     page.get_by_role("button", name="Reset").click()
     page.reload()
     page.wait_for_selector("body[data-ready='test/null']")
     expect(page.get_by_label("Number of images", exact=True)).to_have_value("1")
+    expect(page.get_by_label("Each line is a request")).not_to_be_checked()
+    expect(page.get_by_label("Number of seeds")).to_have_value("1")
 
 
 def test_a_link_holds_the_settings(browser: Browser, playing: Server, page: Page) -> None:
     """The link opens the endpoint with its settings in another browser, and an open page follows a pasted link."""
     choose(page, "test/null")
-    page.get_by_label("Prompt", exact=True).fill("100 % of a fox & friends?")
+    page.get_by_label("Prompt", exact=True).fill("100 % of a fox & friends?\na bear")
     page.get_by_label("Seed", exact=True).fill("11")
+    page.get_by_label("Each line is a request").check()
+    page.get_by_label("Number of seeds").fill("3")
+    page.get_by_label("Priority").select_option("low")
     page.get_by_role("button", name="Copy link").click()
     expect(page.locator("#announcement")).to_have_text("The link is copied.")
     link = page.evaluate("navigator.clipboard.readText()")
     for other in open_page(browser, link):
         other.wait_for_selector("body[data-ready='test/null']")
-        expect(other.get_by_label("Prompt", exact=True)).to_have_value("100 % of a fox & friends?")
+        expect(other.get_by_label("Prompt", exact=True)).to_have_value("100 % of a fox & friends?\na bear")
         expect(other.get_by_label("Seed", exact=True)).to_have_value("11")
+        expect(other.get_by_role("button", name="Run 6")).to_be_visible()
+        expect(other.get_by_label("Priority")).to_have_value("low")
         assert other.url == f"{playing.url}/"
     choose(page, "test/unsafe")
     page.get_by_label("Prompt", exact=True).fill("something else")
     page.goto(link)
     page.wait_for_selector("body[data-ready='test/null']")
-    expect(page.get_by_label("Prompt", exact=True)).to_have_value("100 % of a fox & friends?")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("100 % of a fox & friends?\na bear")
 
 
 @pytest.mark.parametrize(
@@ -176,6 +235,7 @@ def test_a_link_holds_the_settings(browser: Browser, playing: Server, page: Page
         ("#no/such?%7B%7D", "This server has no endpoint no/such"),
         ("#test/null?%7Bbroken", ""),
         ("#test/null?[1]", ""),
+        ("#test/null?%7B%7D&null", ""),
         (ODD, ""),
     ],
 )
