@@ -142,9 +142,15 @@ class EngineBenchmark:
 
     def _naive(self, job: Workload) -> _Timing:
         started = self._begin()
+        moments: list[float] = []
         for _ in range(job.num_waiting):
-            self._call(job)
-        return _Timing(self.device.now() - started, None, None, self._peak())
+            self._call(job, moments)
+        seconds = self.device.now() - started
+        # The first step begins unseen, within the call.
+        first, last = moments[::2], moments[1::2]
+        counted = sum(last) - sum(first)
+        stepping = counted * job.num_steps / (job.num_steps - 1) if job.num_steps > 1 else None
+        return _Timing(seconds, stepping, None, self._peak())
 
     def _shared(self, engine: FluxEngine, tier: str, job: Workload) -> _Timing:
         started = self._begin()
@@ -184,7 +190,14 @@ class EngineBenchmark:
             engine.decode(task)
         return tasks, step_seconds, skipped
 
-    def _call(self, job: Workload) -> Any:
+    def _call(self, job: Workload, moments: list[float] | None = None) -> Any:
+        """Call the pipeline; add the moments to the list when its first and its last step end."""
+
+        def note(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if moments is not None and step in (0, job.num_steps - 1):
+                moments.append(self.device.now())
+            return tensors
+
         return self.pipeline(
             self.prompts[0],
             width=job.width,
@@ -193,6 +206,7 @@ class EngineBenchmark:
             guidance_scale=GUIDANCE_SCALE,
             generator=torch.Generator("cpu").manual_seed(1),
             max_sequence_length=count_text_tokens(self.pipeline),
+            callback_on_step_end=note,
         ).images[0]
 
     def _begin(self) -> float:

@@ -40,7 +40,7 @@ def references(
     paths = [directory / f"{size}-{index}.png" for index in range(num_images)]
     if not all(path.exists() for path in paths):
         if generate is None:
-            raise LookupError("no plan that keeps the weights unchanged has generated images before")
+            raise LookupError("the exact weights have drawn none; measure them too, with --plans group-offload,auto")
         for path, image in zip(paths, generate(), strict=True):
             image.save(path)
     return [_open(path) for path in paths]

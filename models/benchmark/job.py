@@ -100,11 +100,11 @@ class Measurement:
         way: "naive" calls FluxPipeline, "eager" is the engine with the same kernels, and others are the engine's tiers.
         size: width and height in pixels, such as "1024x768".
         seconds: seconds per image, for text encoding, steps and decoding, without loading.
-        ms_per_step: milliseconds per step and image, without text encoding and decoding; None for "naive", whose steps
-            are not timed.
+        ms_per_step: milliseconds per step and image, without text encoding and decoding; those of "naive" without its
+            first step, and None if that is the only one.
         ratio: the speed as a multiple of the speed of "naive"; None if "naive" failed or is not measured.
         share: FLOP per second of the steps as a share of the device's matmul rate. The FLOP are those of steps that
-            skip no block. None for "naive".
+            skip no block. None without `ms_per_step`.
         skipped: the share of steps that skipped blocks; None for ways that skip no blocks.
         peak_gb: peak device memory in 10**9 bytes, including the weights of all tiers; None on a CPU.
         fidelity: the fidelity of an image for each prompt; empty if no images are compared.

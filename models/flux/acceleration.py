@@ -126,7 +126,7 @@ def _compiled(transformer: Any, config: EngineConfig, plan: Plan, way: str, unav
     tiers = [Tier("none", compile_blocks(placed), is_ready=False, compiles_loras=True)]
     if config.max_acceleration == "none":
         return tiers
-    if plan.quantize != "none":
+    if not needs_fp8_copy(transformer, plan):
         return [*tiers, *_fast(placed)]
     if reason := fp8_copy_unavailable_reason(transformer):
         log.info("acceleration regular and high are unavailable, so requests for them run with none: %s", reason)
@@ -143,6 +143,11 @@ def _compiled(transformer: Any, config: EngineConfig, plan: Plan, way: str, unav
         unavailable.append(f"acceleration regular and high: while the matrices were converted to fp8, {reason}")
         return tiers
     return [*tiers, *_fast(compile_blocks(quantized))]
+
+
+def needs_fp8_copy(transformer: Any, plan: Plan) -> bool:
+    """Return whether the compiled tiers above "none" run a copy in fp8: not of weights that are quantized already."""
+    return plan.quantize == "none" and not getattr(transformer, "is_quantized", False)
 
 
 def _fast(quantized: Any) -> list[Tier]:

@@ -14,7 +14,7 @@ from models.benchmark.child import measure
 from models.benchmark.fidelity import PROMPTS
 from models.benchmark.job import Job, Measurement, Problem, Start, Workload
 from models.benchmark.processes import ChildFailed, run_in_child
-from models.loading import specs
+from models.loading import memory_plans, specs
 from models.loading.pipeline import weights_directory
 from server.cli.bench_table import heading, line
 from server.settings import Settings
@@ -65,7 +65,7 @@ def run(settings: Settings, options: Options) -> Iterator[tuple[str, Report]]:
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     # Not in /tmp, which containers often mount without permission to run the compiled code in it.
     with tempfile.TemporaryDirectory(prefix="bench-", dir=settings.data_dir) as directory:
-        for name in options.plans:
+        for name in _exact_first(options.plans):
             job = _job(settings, options, where, name, Path(directory))
             yield from _measure_plan(job, report)
     for plan in report["plans"]:
@@ -105,6 +105,12 @@ def read_prompts(path: Path | None) -> tuple[str, ...]:
     return prompts
 
 
+def _exact_first(plans: Sequence[str]) -> list[str]:
+    """Return the plans, first those of the exact weights: the images of the others are compared with theirs."""
+    exact = [plan.name for plan in memory_plans.PLANS if plan.quantize == "none"]
+    return sorted(plans, key=lambda name: name not in exact)
+
+
 def _job(settings: Settings, options: Options, where: Weights | None, plan: str, directory: Path) -> Job:
     config = EngineConfig(
         where,
@@ -112,6 +118,7 @@ def _job(settings: Settings, options: Options, where: Weights | None, plan: str,
         device=settings.device,
         dtype=settings.dtype,
         memory=plan,
+        quantize=settings.quantize,
         max_acceleration=settings.max_acceleration,
         is_eager=settings.eager,
         compile_cache=directory / f"compiled-{plan}",

@@ -1,6 +1,6 @@
 """Single files against diffusers' own pipeline on the same file: the images differ in no pixel value."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tenso
 from safetensors.torch import save_file
 
 from models.base import EngineConfig, SingleFile
+from models.flux.acceleration import needs_fp8_copy, random_inputs
+from models.flux.compilation import clone_sharing_weights
 from models.flux.engine import FluxEngine
 from models.flux.loader import load_engine
 from models.loading import gguf_file, pipeline, single_file
+from models.loading.memory_plans import PLANS
 from models.loading.pipeline import load_pipeline
 from models.loading.specs import DEMO
 from tests.parity.test_engine import call_diffusers
@@ -23,6 +26,7 @@ from tests.support.tiny_flux import difference, generate, make_request
 
 #: The type is named, so that the tests mean the same on every CPU.
 FLOAT32 = torch.float32
+(RESIDENT,) = (plan for plan in PLANS if plan.name == "resident")
 
 
 def engine_of(file: Path, base: Path, **changes: Any) -> FluxEngine:
@@ -95,6 +99,28 @@ def test_gguf(demo: Mapping[str, torch.Tensor], kind: str, memory: str, tmp_path
     engine = engine_of(file, DEMO, memory=memory)
     assert single_file.read(file).description == engine.info().form == f"GGUF {kind}"
     assert_equal_images(engine, gguf_reference(file, DEMO))
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_gguf_blocks_compile_whole(demo: Mapping[str, torch.Tensor], kind: str, tmp_path: Path) -> None:
+    """On GPUs the tiers run them compiled: no size needs another graph, and no output differs."""
+    transformer = engine_of(write_gguf(tmp_path / "demo.gguf", demo, kind), DEMO).pipeline.transformer
+    assert not needs_fp8_copy(transformer, RESIDENT)
+    compiled = clone_sharing_weights(transformer)
+    graphs: list[object] = []
+
+    def count(graph: torch.fx.GraphModule, _: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled.compile_repeated_blocks(fullgraph=True, dynamic=True, backend=count)
+    numbers = []
+    for num_tokens in (48, 80, 63):
+        inputs = random_inputs(transformer.config, (1, num_tokens, 64), "cpu", FLOAT32)
+        with torch.no_grad():
+            assert torch.equal(compiled(**inputs)[0], transformer(**inputs)[0])
+        numbers.append(len(graphs))
+    assert numbers[0] > 0 and numbers == numbers[:1] * 3
 
 
 def test_gguf_in_bf16(demo: Mapping[str, torch.Tensor], tmp_path: Path) -> None:

@@ -193,10 +193,20 @@ def test_a_gpu_with_fp8_has_all_three_tiers_and_none_is_ready(pipeline: FluxPipe
     assert pipeline.transformer not in (none, regular)
 
 
-@pytest.mark.parametrize("plan", [INT8, FP8, INT4], ids=lambda plan: plan.name)
+@pytest.mark.parametrize(
+    ("plan", "is_quantized"),
+    [(INT8, False), (FP8, False), (INT4, False), (RESIDENT, True)],
+    ids=["int8", "fp8", "int4", "weights that are quantized in their files"],
+)
 def test_with_quantized_weights_all_tiers_run_the_quantized_transformer(
-    pipeline: FluxPipeline, fp8_gpu: list[Any], plan: memory_plans.Plan
+    pipeline: FluxPipeline,
+    fp8_gpu: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    plan: memory_plans.Plan,
+    is_quantized: bool,
 ) -> None:
+    """diffusers marks a transformer whose weights are quantized in their files."""
+    monkeypatch.setattr(pipeline.transformer, "is_quantized", is_quantized, raising=False)
     built, unavailable = acceleration.build(pipeline, engine_config(), plan, acceleration.FASTEST)
     assert (unavailable, fp8_gpu) == ([], [])
     assert names(built) == ["none", "regular", "high"]
