@@ -77,9 +77,16 @@ bench: .venv/dev.done
 peers: .venv/dev.done build/peers/installed.done
 	$(BIN)/python -m bench.peers $(ARGS)
 
-# Python warns of an escape sequence in torchao when it compiles it.
-cuda-proof: build/cuda/installed.done
-	build/cuda/bin/python -m pytest tests/cuda -m cuda -rP -W "ignore:invalid escape sequence:DeprecationWarning" $(ARGS)
+# The parts of the proof, each a file of tests/cuda. A part that passed is not run again until a source changes. -rP shows
+# the figures; Python warns of an escape sequence in torchao when it compiles it.
+CUDA_PARTS := first_start allocator bitsandbytes engine plans compilation
+CUDA_PYTEST = build/cuda/bin/python -m pytest -m cuda -n 2 -rP -W "ignore:invalid escape sequence:DeprecationWarning"
+cuda-proof: build/cuda/installed.done $(if $(ARGS),,$(CUDA_PARTS:%=build/cuda/%.passed))
+	$(if $(ARGS),$(CUDA_PYTEST) tests/cuda $(ARGS))
+
+build/cuda/%.passed: tests/cuda/test_%.py build/cuda/installed.done $(wildcard models/*.py models/*/*.py tests/cuda/*.py)
+	$(CUDA_PYTEST) $<
+	touch $@
 
 # The wheel of a commit has the same bytes each time, because its times are those of the commit.
 release: .venv/dev.done

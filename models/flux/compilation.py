@@ -13,8 +13,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 
 from models.base import EngineConfig
-from models.loading import fp8
-from models.loading.memory_plans import RESERVE
+from models.loading import fp8, memory_plans
 
 log = logging.getLogger(__name__)
 
@@ -125,10 +124,14 @@ def fp8_copy_unavailable_reason(transformer: Any) -> str | None:
     if reason := fp8.unavailable_reason():
         return reason
     free, _ = torch.cuda.mem_get_info()
-    matrices = [module for name, module in transformer.named_modules() if fp8.is_large_matrix(module, name)]
-    # A byte for each number, and the working memory of a generation.
-    needed = sum(matrix.weight.numel() for matrix in matrices)
-    needed += int(RESERVE * sum(weight.nbytes for weight in transformer.parameters()))
-    if needed > free:
+    if (needed := fp8_copy_bytes(transformer)) > free:
         return f"a copy of the transformer in fp8 needs {needed / 1e9:.0f} GB, and only {free / 1e9:.0f} GB are free"
     return None
+
+
+def fp8_copy_bytes(transformer: Any) -> int:
+    """Return the bytes that an fp8 copy needs: one for each number, and the working memory of a generation."""
+    matrices = [module for name, module in transformer.named_modules() if fp8.is_large_matrix(module, name)]
+    working = memory_plans.reserve({"transformer": sum(weight.nbytes for weight in transformer.parameters())})
+    copied: int = sum(matrix.weight.numel() for matrix in matrices)
+    return copied + int(working)

@@ -108,7 +108,7 @@ class Plan:
         raise PlanFailed(self, reason)
 
 
-def _reserve(sizes: Mapping[str, int], share: float = RESERVE) -> float:
+def reserve(sizes: Mapping[str, int], share: float = RESERVE) -> float:
     """Return the bytes in addition to the weights.
 
     A generation takes as much with weights that are quantized in their files, whose sizes are smaller. Models smaller
@@ -119,7 +119,7 @@ def _reserve(sizes: Mapping[str, int], share: float = RESERVE) -> float:
 
 def _always(sizes: Mapping[str, int], share: float = RESERVE) -> float:
     """Return the bytes that every plan needs: those of the small components, and the reserve."""
-    return sum(size for name, size in sizes.items() if name not in _TWO_BLOCKS) + _reserve(sizes, share)
+    return sum(size for name, size in sizes.items() if name not in _TWO_BLOCKS) + reserve(sizes, share)
 
 
 def _blocks(sizes: Mapping[str, int], name: str) -> float:
@@ -151,7 +151,7 @@ PLANS = (
     Plan(
         "resident",
         "all weights on the device",
-        lambda sizes: sum(sizes.values()) + _reserve(sizes),
+        lambda sizes: sum(sizes.values()) + reserve(sizes),
         placement.resident,
         is_resident=True,
     ),

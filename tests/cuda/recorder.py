@@ -35,7 +35,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
     Attributes:
         live: the bytes of the tensors on the GPU that exist now.
         peak: the highest `live` since `restart`.
-        reads: where the server's code read a value back from the GPU since `restart`; the CPU waits for each.
+        waits: where the server's code copied a value or a tensor from the GPU since `restart`; the CPU waits for each.
         uploads: the shapes of the tensors that were copied to the GPU since `restart`.
         pins: the number of tensors that were pinned, each by a copy in the host's memory, since `restart`.
         launches: the number of operations on the GPU since `restart`. Each is one or more kernels; views are none.
@@ -49,25 +49,30 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         self.live = self.peak = self.launches = self.pins = self.moved = 0
         self.trace: list[Event] = []
         self.stream = self._num_tensors = 0
-        self.reads: list[str] = []
+        self.waits: list[str] = []
         self.uploads: list[tuple[int, ...]] = []
         self._sizes = WeakIdKeyDictionary()
         self._pinned = WeakIdKeyDictionary()
 
     def restart(self) -> None:
         """Forget everything but the tensors that exist now."""
-        self.peak, self.reads, self.uploads = self.live, [], []
+        self.peak, self.waits, self.uploads = self.live, [], []
         self.launches = self.pins = self.moved = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation; answer those that would read the value of a fake tensor."""
         if func in _READS:
             if args[0].device.type == "cuda":
-                self.reads.append(_place())
+                self.waits.append(_place())
             return True if args[0].dtype == torch.bool or func is not _ITEM else 0.5
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and result.device.type == "cuda":
-            self.uploads.append(tuple(result.shape))
+        if func in _COPIES:
+            copied = args[1] if func is torch.ops.aten.copy_.default else args[0]
+            match copied.device.type, result.device.type:
+                case "cpu", "cuda":
+                    self.uploads.append(tuple(result.shape))
+                case "cuda", "cpu":
+                    self.waits.append(_place())
         if not func.is_view and any(is_on_gpu(tensor) for tensor in tree_leaves(result)):
             self.launches += 1
             self.moved += sum(tensor.nbytes for tensor in tree_leaves((args, kwargs, result)) if is_on_gpu(tensor))
@@ -119,6 +124,7 @@ def is_on_gpu(value: Any) -> bool:
 
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
+_COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 _READS = {_ITEM, torch.ops.aten.equal.default, torch.ops.aten.is_nonzero.default}
 
 

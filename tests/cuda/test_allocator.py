@@ -12,9 +12,9 @@ from models.flux.engine import FluxEngine
 from models.flux.safety_checker import Unavailable
 from models.loading.memory_plans import PLANS
 from tests.cuda.allocator import LARGE_SEGMENT, MIB, SMALL_SEGMENT, Allocator, Piece
+from tests.cuda.engines import request
 from tests.cuda.fake_gpu import H100, fake_gpu
 from tests.cuda.recorder import Event, recorded
-from tests.cuda.test_engine import request
 
 pytestmark = [
     pytest.mark.cuda,

@@ -20,15 +20,12 @@ from models.benchmark import random_weights
 from models.flux.acceleration import Tier
 from models.flux.engine import FluxEngine
 from models.flux.safety_checker import Unavailable
-from models.loading.memory_plans import PLANS
+from tests.cuda.engines import RESIDENT, SIDE, Files, generate, lora_weights, request
+from tests.cuda.engines import files as files
 from tests.cuda.fake_gpu import H100, fake_gpu
 from tests.cuda.recorder import recorded
-from tests.cuda.test_engine import SIDE, Files, generate, lora_weights, request
-from tests.cuda.test_engine import files as files
 
 pytestmark = [pytest.mark.cuda, pytest.mark.timeout(900)]
-
-(RESIDENT,) = (plan for plan in PLANS if plan.name == "resident")
 
 
 def nf4(weight: torch.Tensor, shape: tuple[int, int, bool]) -> Linear4bit:
@@ -75,7 +72,7 @@ def test_the_plan_holds_with_and_without_a_lora(
         engine = FluxEngine(pipeline, Unavailable("not used"), [Tier("none", pipeline.transformer)], "cuda")
         lora = request("none", SIDE, loras=[SimpleNamespace(scale=1.0)])
         peaks = [
-            generate(engine, recorder, engine.start(*arguments))[0]
+            generate(engine, recorder, engine.start(*arguments)).peak
             for arguments in ((request("none", SIDE), 1), (lora, 1, {"loras.0.path": files.lora}))
         ]
         promised = RESIDENT.required_bytes(sizes)

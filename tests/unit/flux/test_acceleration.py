@@ -266,7 +266,7 @@ def test_only_the_large_matrices_count_for_fp8(
     transformer = pipeline.transformer
     matrices = [module for name, module in transformer.named_modules() if fp8.is_large_matrix(module, name)]
     needed = sum(matrix.weight.numel() for matrix in matrices)
-    needed += int(memory_plans.RESERVE * sum(weight.nbytes for weight in transformer.parameters()))
+    needed += int(memory_plans.reserve({"transformer": sum(weight.nbytes for weight in transformer.parameters())}))
     for free, reason in ((needed, None), (needed - 1, "needs")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 10**12))
         assert (reason or "None") in str(compilation.fp8_copy_unavailable_reason(transformer))
