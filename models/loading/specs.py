@@ -56,7 +56,7 @@ def _assign_one(spec: str, models: dict[str, Model], base: str) -> Mapping[str, 
         where = parse_spec(rest, base)
         if missing := _missing(models[endpoint], where):
             raise ValueError(
-                f"{spec}: {endpoint} also needs {' and '.join(_describe(each, where) for each in missing)}"
+                f"{spec}: {endpoint} also needs {' and '.join(describe(each, where) for each in missing)}"
             )
         return {endpoint: where}
     where = parse_spec(spec, base)
@@ -102,9 +102,10 @@ def _missing(model: Model, where: Weights) -> list[ExtraWeights]:
     return [extra for extra in model.extra_weights if find_extra_weights(where, extra) is None]
 
 
-def _describe(extra_weights: ExtraWeights, where: Weights) -> str:
+def describe(extra_weights: ExtraWeights, where: Weights) -> str:
+    """Describe missing extra weights: where they belong, or how to download them. `where` is as above."""
     if isinstance(where, SingleFile):
-        return _describe(extra_weights, where.base)
+        return describe(extra_weights, where.base)
     if isinstance(where, Path):
         what = "one safetensors file of " if extra_weights.is_lora else ""
         return f"{what}{extra_weights.hub_id} in the directory {where / extra_weights.directory}"

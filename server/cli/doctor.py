@@ -63,6 +63,8 @@ def run_checks(settings: Settings) -> Iterator[Check]:
         try:
             needed = {extra for endpoint in endpoints for extra in models[endpoint].extra_weights}
             yield from _weights(where, endpoints, needed, settings, *device)
+            if any("ip_adapters" in models[endpoint].Input.model_fields for endpoint in endpoints):
+                yield _ip_adapters(where)
         except OSError as error:
             yield Check(_name(where), False, str(error))
     yield _checker(settings, list(endpoints_by_weights))
@@ -210,6 +212,13 @@ def _weights(
             yield Check(f"{name} with {plan.name}", True, line)
         yield Check(f"{name} advice", True, doctor_plans.advice(sizes, settings, target, free))
     yield _memory(name, sizes, settings, target, free)
+
+
+def _ip_adapters(where: Weights) -> Check:
+    """Say whether requests may name IP adapters. Other requests do without the weights that read their images."""
+    found = specs.find_extra_weights(where, specs.CLIP_VISION)
+    message = "can be used" if found else f"cannot be used without {specs.describe(specs.CLIP_VISION, where)}"
+    return Check(f"{_name(where)} IP adapters", True, message)
 
 
 def _name(where: Weights) -> str:

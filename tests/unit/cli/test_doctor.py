@@ -55,6 +55,19 @@ def test_weights_of_many_endpoints_are_checked_once(tmp_path: Path) -> None:
     assert "fal-ai/flux/dev, " in weights.message
 
 
+def test_what_ip_adapters_need_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other requests do without it, so the check passes."""
+    found = checks(tmp_path)["demo IP adapters"]
+    assert found.ok
+    assert found.message.startswith("cannot be used without openai/clip-vit-large-patch14 in the directory ")
+    assert found.message.endswith("demo/clip-vision")
+    assert "fal-ai/flux/dev IP adapters" not in checks(tmp_path, "fal-ai/flux/dev=demo")
+    cached = {"openai/clip-vit-large-patch14": tmp_path}
+    for place, message in ((cached, "can be used"), ({}, "; run `flux-server pull openai/clip-vit-large-patch14`")):
+        monkeypatch.setattr("models.loading.hub.cached_path", lambda hub_id, *_, place=place: place.get(hub_id))
+        assert checks(tmp_path, HUB_ID)[f"{HUB_ID} IP adapters"].message.endswith(message)
+
+
 def test_no_plan_is_recommended_when_none_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.loading.hub.cached_path", lambda *_: None)
     memory = psutil.virtual_memory()._replace(available=23_200_000_000)
