@@ -1,8 +1,9 @@
 """A test of loading 34 GB of random numbers in the shapes of FLUX.1 [dev], in shards with an index as on the hub.
 
-    python -m bench.full_shapes DIRECTORY [--steps 1] [--side 256] [--device cpu]
+    python -m bench.full_shapes DIRECTORY [--gguf Q4_K] [--quantize int4] [--steps 1] [--side 256] [--device cpu]
 
-Writes the directory if it is missing, loads it as `serve` does, prints the peak memory, and generates one image.
+Writes the directory if it is missing, loads it as `serve` does, prints the peak memory, and generates one image. With
+`--gguf`, the transformer is a single file of random blocks of this type, for which the directory is the base.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from models.base import EngineConfig, LoadProgress
+from models.base import EngineConfig, LoadProgress, SingleFile, Weights
 from models.benchmark import random_weights
 from models.flux import safety_checker
 from models.flux.acceleration import Tier
@@ -25,6 +26,7 @@ from models.flux.engine import FluxEngine
 from models.loading import devices
 from models.loading.pipeline import load_pipeline
 from models.loading.specs import DEMO
+from tests.support import single_files
 
 _SHARD_BYTES = 9_900_000_000
 
@@ -79,18 +81,41 @@ def _random(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
 
 
+def write_gguf(path: Path, kind: str) -> None:
+    """Write a transformer whose matrices are random blocks of a K-quant; what has other shapes is in float32."""
+    with torch.device("meta"):
+        transformer = random_weights.parts("full")["transformer"]
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, parameter in transformer.named_parameters():
+        becomes_blocks = parameter.dim() == 2 and parameter.shape[1] % 256 == 0
+        tensors[name] = parameter.data if becomes_blocks else _random(parameter.shape, generator)
+    single_files.write_gguf(path, tensors, kind)
+    print(f"wrote {path.stat().st_size / 1e9:.2f} GB of {kind}", flush=True)
+
+
 def main() -> None:
     """Print the time and memory of loading and the time of each step of an image."""
     parser = argparse.ArgumentParser()
     parser.add_argument("directory", type=Path)
+    parser.add_argument("--gguf", choices=("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"))
+    parser.add_argument("--quantize", choices=("none", "int8", "int4"), default="none")
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     if not (options.directory / "model_index.json").is_file():
         write(options.directory)
+    weights: Weights = options.directory
+    if options.gguf:
+        file = options.directory.with_name(f"{options.directory.name}-{options.gguf}.gguf")
+        if not file.is_file():
+            write_gguf(file, options.gguf)
+        weights = SingleFile(file, options.directory)
+    memory = "resident" if options.quantize == "none" else options.quantize
     start = time.perf_counter()
-    pipeline, plan = load_pipeline(EngineConfig(options.directory, "", options.device, "resident", report=_report))
+    config = EngineConfig(weights, "", options.device, memory=memory, quantize=options.quantize, report=_report)
+    pipeline, plan = load_pipeline(config)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"loaded in {time.perf_counter() - start:.1f} s, plan {plan.name}, host memory at most {peak:.1f} GB")
     for name, part in pipeline.components.items():

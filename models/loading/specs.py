@@ -55,9 +55,7 @@ def _assign_one(spec: str, models: dict[str, Model], base: str) -> Mapping[str, 
             raise ValueError(f"{spec}: {endpoint} is not an endpoint here; choose from {', '.join(sorted(models))}")
         where = parse_spec(rest, base)
         if missing := _missing(models[endpoint], where):
-            raise ValueError(
-                f"{spec}: {endpoint} also needs {' and '.join(describe(each, where) for each in missing)}"
-            )
+            raise ValueError(f"{spec}: {endpoint} also needs {' and '.join(describe(each, where) for each in missing)}")
         return {endpoint: where}
     where = parse_spec(spec, base)
     if not isinstance(where, str):
