@@ -68,7 +68,7 @@ WAITS = {"none": 0, "regular": 0, "high": 1}
 def request(acceleration: str = "none", side: int = 64, **more: Any) -> Any:
     size = SimpleNamespace(width=side, height=side)
     fields = {"prompt": "a red apple", "image_size": size, "num_inference_steps": NUM_STEPS, "num_images": 1}
-    return SimpleNamespace(**fields, guidance_scale=3.5, acceleration=acceleration, **more)
+    return SimpleNamespace(**{**fields, "guidance_scale": 3.5, "acceleration": acceleration, **more})
 
 
 class Pixels:

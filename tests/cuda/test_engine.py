@@ -39,7 +39,7 @@ def test_tasks_that_share_a_forward_load_each_block_once() -> None:
         tiers = [Tier("regular", pipeline.transformer, shares_forwards=True)]
         engine = FluxEngine(pipeline, Unavailable("not used"), tiers, "cuda", plan=GROUP_OFFLOAD)
         engine.sharing.number = lambda size, wanted: wanted  # type: ignore[method-assign]
-        tasks = [engine.start(request("regular"), seed) for seed in range(3)]
+        tasks = [engine.start(request("regular", num_inference_steps=3), seed) for seed in range(3)]
         for task in tasks:
             # The first step of a task also encodes its prompt.
             engine.advance(task)
