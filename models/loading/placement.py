@@ -43,7 +43,13 @@ def in_int4(pipeline: Any, device: str) -> Any:
 
 def group_offload(pipeline: Any, device: str) -> Any:
     """Keep the blocks of transformer and T5 in host memory; copy each to the device while the block before it runs."""
+    from diffusers.hooks import HookRegistry
+
     offload(pipeline.transformer, device)
+    # Its layers outside of blocks, 0.1 GB, stay on the device after their first use. Otherwise every step would copy
+    # them there and back, and the CPU would wait for it.
+    registry = HookRegistry.check_if_exists_or_initialize(pipeline.transformer)
+    registry.get_hook("group_offloading").group.offload_leader = None
     offload(pipeline.text_encoder_2.encoder, device)
     return _rest(pipeline, device)
 

@@ -5,6 +5,7 @@ One graph must serve all sizes: a request must never wait for the compiler.
 
 import copy
 import itertools
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -117,15 +118,15 @@ def report(compiled: Compiled, name: str) -> None:
 
 
 @pytest.mark.parametrize("model", [A100, RTX_4090, H100, RTX_5090], ids=lambda model: model.name)
-def test_bf16(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16(model: Model) -> None:
     """Each GPU has the attention that the server tries first on it: on the last two, that of cuDNN."""
-    with fake_gpu(model) as compiled:
+    with fake_gpu(model) as compiled, ExitStack() as stack:
         clone = compilation.clone_sharing_weights(transformer())
         if compilation.has_faster_attention():
             compilation.choose_attention(clone)
             backends = {block.attn.processor._attention_backend for block in clone.transformer_blocks}
             assert backends == {AttentionBackendName._NATIVE_CUDNN}
-            monkeypatch.setattr(functional, "scaled_dot_product_attention", cudnn_attention)
+            stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", cudnn_attention))
         exact = compilation.compile_blocks(clone)
         tier = Tier("none", exact, is_ready=False)
         tier.warm_up("cuda", torch.bfloat16, TEXT_TOKENS)
@@ -143,7 +144,7 @@ def test_other_kinds_of_weights(in_channels: int) -> None:
         tier.warm_up("cuda", torch.bfloat16, TEXT_TOKENS)
         serve_all_sizes(tier)
         print(f"{H100.name}, none, {in_channels} channels: {compiled.num_graphs} graphs")
-        check(compiled, H100, num_graphs=4)
+        assert compiled.num_graphs == 4 and not counters["graph_break"]
 
 
 def quantized_clone(plan: str) -> Any:
