@@ -28,6 +28,7 @@ from models.flux.acceleration import Tier
 from models.flux.compilation import clone_sharing_weights, fp8_copy_bytes
 from models.flux.control import DepthEstimator
 from models.flux.engine import FluxEngine
+from models.flux.image_adapters import ImageAdapters
 from models.flux.redux import Redux
 from models.flux.safety_checker import Unavailable
 from models.flux.task import FluxTask
@@ -35,6 +36,7 @@ from models.loading import fp8
 from models.loading.memory_plans import PLANS, Plan
 from tests.cuda.fake_gpu import H100, fake_gpu
 from tests.cuda.recorder import Recorder, recorded
+from tests.support.tiny_kinds import control_net, ip_adapter
 
 RESIDENT, GROUP_OFFLOAD = (plan for plan in PLANS if plan.quantize == "none")
 NUM_STEPS = 2
@@ -235,6 +237,35 @@ def control_lora_weights(transformer: Any) -> dict[str, Any]:
         elif name.endswith(("norm_q", "norm_k")):
             tensors[f"transformer.{name}.weight"] = torch.zeros(module.weight.shape, dtype=torch.bfloat16)
     return tensors
+
+
+class FakeEmbeddings:
+    """Double of CLIP's vision model and its image processor."""
+
+    num_features = 12
+
+    def embedding(self, _: PIL.Image.Image) -> torch.Tensor:
+        return torch.zeros(1, self.num_features, device="cuda", dtype=torch.bfloat16)
+
+
+def adapted_task(
+    engine: FluxEngine, monkeypatch: pytest.MonkeyPatch, files: Files, dtype: torch.dtype, side: int = 64, **net: int
+) -> FluxTask:
+    """Start a task with a control net, of these numbers of blocks, and an IP adapter, whose files are of this type."""
+    transformer = engine.pipeline.transformer
+    weights = control_net(1, transformer, **net).state_dict()
+    adapter = {name: weight.to(dtype) for name, weight in ip_adapter(1, transformer).items()}
+    monkeypatch.setattr(
+        "models.flux.control_nets.load_file", lambda _: {name: each.to("cpu", dtype) for name, each in weights.items()}
+    )
+    monkeypatch.setattr("models.flux.ip_adapters.load_file", lambda _: adapter)
+    engine.image_adapters = ImageAdapters(engine.pipeline, files.image.parent)
+    engine.image_adapters.ip_adapters._encoder = FakeEmbeddings()
+    scales = {"conditioning_scale": 0.7, "start_percentage": 0, "end_percentage": 1}
+    asked = request(side=side, controlnets=[SimpleNamespace(**scales)], ip_adapters=[SimpleNamespace(scale=0.7)])
+    inputs = {f"{kind}.0.path": files.lora for kind in ("controlnets", "ip_adapters")}
+    inputs |= dict.fromkeys(("controlnets.0.image_url", "ip_adapters.0.ip_adapter_image_url"), files.image)
+    return engine.start(asked, 1, inputs)
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,11 @@ from transformers import CLIPConfig, ViTConfig, ViTForImageClassification
 from models.benchmark import random_weights
 from models.flux.acceleration import Tier
 from models.flux.engine import FluxEngine
-from models.flux.image_adapters import ImageAdapters
 from models.flux.safety_checker import CompVis, ImageClassifier, Unavailable
-from tests.cuda.engines import GROUP_OFFLOAD, NUM_STEPS, Files, Pixels, lora_weights, request
+from tests.cuda.engines import GROUP_OFFLOAD, NUM_STEPS, Files, Pixels, adapted_task, lora_weights, request
 from tests.cuda.engines import files as files
 from tests.cuda.fake_gpu import H100, fake_gpu
 from tests.cuda.recorder import recorded
-from tests.support.tiny_kinds import control_net, ip_adapter
 
 pytestmark = [
     pytest.mark.cuda,
@@ -131,31 +129,11 @@ def test_a_lora_is_loaded_in_the_type_of_the_weights(
     assert {(weight.device.type, weight.dtype) for weight in added} == {("cuda", torch.bfloat16)}
 
 
-class FakeEmbeddings:
-    """Double of CLIP's vision model and its image processor."""
-
-    num_features = 12
-
-    def embedding(self, _: PIL.Image.Image) -> torch.Tensor:
-        return torch.zeros(1, self.num_features, device="cuda", dtype=torch.bfloat16)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_control_net_and_an_ip_adapter_are_loaded_in_the_type_of_the_weights(
     tiny: FluxEngine, monkeypatch: pytest.MonkeyPatch, files: Files, dtype: torch.dtype
 ) -> None:
-    transformer = tiny.pipeline.transformer
-    net = {name: weight.to("cpu", dtype) for name, weight in control_net(1, transformer).state_dict().items()}
-    adapter = {name: weight.to(dtype) for name, weight in ip_adapter(1, transformer).items()}
-    monkeypatch.setattr("models.flux.control_nets.load_file", lambda _: net)
-    monkeypatch.setattr("models.flux.ip_adapters.load_file", lambda _: adapter)
-    tiny.image_adapters = ImageAdapters(tiny.pipeline, files.image.parent)
-    tiny.image_adapters.ip_adapters._encoder = FakeEmbeddings()
-    scales = {"conditioning_scale": 0.7, "start_percentage": 0, "end_percentage": 1}
-    asked = request(controlnets=[SimpleNamespace(**scales)], ip_adapters=[SimpleNamespace(scale=0.7)])
-    inputs = {f"{kind}.0.path": files.lora for kind in ("controlnets", "ip_adapters")}
-    inputs |= dict.fromkeys(("controlnets.0.image_url", "ip_adapters.0.ip_adapter_image_url"), files.image)
-    task = tiny.start(asked, 1, inputs)
+    task = adapted_task(tiny, monkeypatch, files, dtype)
     tiny.advance(task)
     assert task.samples[0].image_prompts
     (loaded,) = (control.net() for control in task.samples[0].controls)

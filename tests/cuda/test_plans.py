@@ -20,6 +20,7 @@ from tests.cuda.engines import (
     SIDE,
     WAITS,
     Files,
+    adapted_task,
     check_plan,
     engine_with,
     generate,
@@ -52,6 +53,17 @@ def test_weights_without_guidance() -> None:
         for tier in engine.tiers:
             run = generate(engine, recorder, engine.start(request(tier.name, SIDE), 1))
             assert len(run.waits) == WAITS[tier.name] * (NUM_STEPS - 1) and not run.uploads
+
+
+def test_a_control_net_and_an_ip_adapter(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control net has as many blocks as the published unions of 6.6 GB. No plan counts its memory."""
+    with fake_gpu(H100), recorded() as recorder:
+        engine = engine_with(RESIDENT)
+        placed = recorder.live
+        task = adapted_task(engine, monkeypatch, files, torch.bfloat16, SIDE, num_layers=5, num_single_layers=10)
+        run = generate(engine, recorder, task)
+        assert not run.waits and not run.uploads
+        print(f"resident, control net and IP adapter, in GB: {placed / 1e9:.1f} placed, {run.peak / 1e9:.1f}")
 
 
 # -- faults, each of which must be found
