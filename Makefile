@@ -84,7 +84,8 @@ CUDA_PYTEST = build/cuda/bin/python -m pytest -m cuda -n 2 -rP -W "ignore:invali
 cuda-proof: build/cuda/installed.done $(if $(ARGS),,$(CUDA_PARTS:%=build/cuda/%.passed))
 	$(if $(ARGS),$(CUDA_PYTEST) tests/cuda $(ARGS))
 
-build/cuda/%.passed: tests/cuda/test_%.py build/cuda/installed.done $(wildcard models/*.py models/*/*.py tests/cuda/*.py)
+CUDA_SOURCES := $(wildcard models/*.py models/*/*.py server/*.py server/*/*.py server/*/*/*.py tests/cuda/* tests/support/*.py)
+build/cuda/%.passed: tests/cuda/test_%.py build/cuda/installed.done $(filter %.py %.c,$(CUDA_SOURCES))
 	$(CUDA_PYTEST) $<
 	touch $@
 

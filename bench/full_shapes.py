@@ -82,7 +82,7 @@ def _random(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
 
 
 def write_gguf(path: Path, kind: str) -> None:
-    """Write a transformer whose matrices are random blocks of a K-quant; what has other shapes is in float32."""
+    """Write a transformer whose matrices are random blocks of a K-quant; other tensors are in float32."""
     with torch.device("meta"):
         transformer = random_weights.parts("full")["transformer"]
     generator = torch.Generator().manual_seed(0)

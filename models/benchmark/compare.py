@@ -142,15 +142,16 @@ class EngineBenchmark:
 
     def _naive(self, job: Workload) -> _Timing:
         started = self._begin()
-        moments: list[float] = []
+        step_ends: list[float] = []
         for _ in range(job.num_waiting):
-            self._call(job, moments)
+            self._call(job, step_ends)
         seconds = self.device.now() - started
-        # The first step begins unseen, within the call.
-        first, last = moments[::2], moments[1::2]
-        counted = sum(last) - sum(first)
-        stepping = counted * job.num_steps / (job.num_steps - 1) if job.num_steps > 1 else None
-        return _Timing(seconds, stepping, None, self._peak())
+        if job.num_steps == 1:
+            return _Timing(seconds, None, None, self._peak())
+        # The start of the first step cannot be observed, so the time is scaled from the other steps.
+        firsts, lasts = step_ends[::2], step_ends[1::2]
+        step_seconds = (sum(lasts) - sum(firsts)) * job.num_steps / (job.num_steps - 1)
+        return _Timing(seconds, step_seconds, None, self._peak())
 
     def _shared(self, engine: FluxEngine, tier: str, job: Workload) -> _Timing:
         started = self._begin()
@@ -190,12 +191,12 @@ class EngineBenchmark:
             engine.decode(task)
         return tasks, step_seconds, skipped
 
-    def _call(self, job: Workload, moments: list[float] | None = None) -> Any:
-        """Call the pipeline; add the moments to the list when its first and its last step end."""
+    def _call(self, job: Workload, step_ends: list[float] | None = None) -> Any:
+        """Call the pipeline; add to the list when its first and its last step end."""
 
-        def note(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            if moments is not None and step in (0, job.num_steps - 1):
-                moments.append(self.device.now())
+        def record_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if step_ends is not None and step in (0, job.num_steps - 1):
+                step_ends.append(self.device.now())
             return tensors
 
         return self.pipeline(
@@ -206,7 +207,7 @@ class EngineBenchmark:
             guidance_scale=GUIDANCE_SCALE,
             generator=torch.Generator("cpu").manual_seed(1),
             max_sequence_length=count_text_tokens(self.pipeline),
-            callback_on_step_end=note,
+            callback_on_step_end=record_end,
         ).images[0]
 
     def _begin(self) -> float:

@@ -40,7 +40,9 @@ def references(
     paths = [directory / f"{size}-{index}.png" for index in range(num_images)]
     if not all(path.exists() for path in paths):
         if generate is None:
-            raise LookupError("the exact weights have drawn none; measure them too, with --plans group-offload,auto")
+            raise LookupError(
+                "no plan with the exact weights has generated images; measure one too, with --plans group-offload,auto"
+            )
         for path, image in zip(paths, generate(), strict=True):
             image.save(path)
     return [_open(path) for path in paths]

@@ -146,7 +146,7 @@ def _compiled(transformer: Any, config: EngineConfig, plan: Plan, way: str, unav
 
 
 def needs_fp8_copy(transformer: Any, plan: Plan) -> bool:
-    """Return whether the compiled tiers above "none" run a copy in fp8: not of weights that are quantized already."""
+    """Return whether the compiled tiers above "none" need a copy in fp8. Weights that are quantized need none."""
     return plan.quantize == "none" and not getattr(transformer, "is_quantized", False)
 
 

@@ -186,8 +186,8 @@ def _is_ready(engine: FluxEngine, config: EngineConfig, way: str, failed: Mappin
         return False
     built, unavailable = acceleration.build(engine.pipeline, config, engine.plan, way)
     engine.tiers = built[:1]
-    is_in_fp8 = engine.plan.needs_fp8 or acceleration.needs_fp8_copy(engine.pipeline.transformer, engine.plan)
-    fp8_failure = failed.get(verdict.FP8_TEST) if is_in_fp8 else None
+    multiplies_in_fp8 = engine.plan.needs_fp8 or acceleration.needs_fp8_copy(engine.pipeline.transformer, engine.plan)
+    fp8_failure = failed.get(verdict.FP8_TEST) if multiplies_in_fp8 else None
     for tier in built[1:]:
         if not tier.is_ready and (reason := _reason(engine, tier.name, fp8_failure)):
             unavailable.append(f"acceleration {tier.name}: {reason}")

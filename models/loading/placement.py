@@ -46,8 +46,8 @@ def group_offload(pipeline: Any, device: str) -> Any:
     from diffusers.hooks import HookRegistry
 
     offload(pipeline.transformer, device)
-    # Its layers outside of blocks, 0.1 GB, stay on the device after their first use. Otherwise every step would copy
-    # them there and back, and the CPU would wait for it.
+    # Its layers outside of blocks, 0.13 GB, stay on the device after the first step. Otherwise each step would copy
+    # them there and back while the CPU waits.
     registry = HookRegistry.check_if_exists_or_initialize(pipeline.transformer)
     registry.get_hook("group_offloading").group.offload_leader = None
     offload(pipeline.text_encoder_2.encoder, device)

@@ -55,7 +55,9 @@ def _assign_one(spec: str, models: dict[str, Model], base: str) -> Mapping[str, 
             raise ValueError(f"{spec}: {endpoint} is not an endpoint here; choose from {', '.join(sorted(models))}")
         where = parse_spec(rest, base)
         if missing := _missing(models[endpoint], where):
-            raise ValueError(f"{spec}: {endpoint} also needs {' and '.join(describe(each, where) for each in missing)}")
+            raise ValueError(
+                f"{spec}: {endpoint} also needs {' and '.join(describe_missing(each, where) for each in missing)}"
+            )
         return {endpoint: where}
     where = parse_spec(spec, base)
     if not isinstance(where, str):
@@ -100,10 +102,10 @@ def _missing(model: Model, where: Weights) -> list[ExtraWeights]:
     return [extra for extra in model.extra_weights if find_extra_weights(where, extra) is None]
 
 
-def describe(extra_weights: ExtraWeights, where: Weights) -> str:
-    """Describe missing extra weights: where they belong, or how to download them. `where` is as above."""
+def describe_missing(extra_weights: ExtraWeights, where: Weights) -> str:
+    """Describe where missing extra weights belong, or how to download them. `where` is as for `find_extra_weights`."""
     if isinstance(where, SingleFile):
-        return describe(extra_weights, where.base)
+        return describe_missing(extra_weights, where.base)
     if isinstance(where, Path):
         what = "one safetensors file of " if extra_weights.is_lora else ""
         return f"{what}{extra_weights.hub_id} in the directory {where / extra_weights.directory}"

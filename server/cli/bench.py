@@ -108,7 +108,7 @@ def read_prompts(path: Path | None) -> tuple[str, ...]:
 def _exact_first(plans: Sequence[str]) -> list[str]:
     """Return the plans, first those of the exact weights: the images of the others are compared with theirs."""
     exact = [plan.name for plan in memory_plans.PLANS if plan.quantize == "none"]
-    return sorted(plans, key=lambda name: name not in exact)
+    return sorted(plans, key=lambda name: (name not in exact, name != "auto"))
 
 
 def _job(settings: Settings, options: Options, where: Weights | None, plan: str, directory: Path) -> Job:

@@ -215,9 +215,15 @@ def _weights(
 
 
 def _ip_adapters(where: Weights) -> Check:
-    """Say whether requests may name IP adapters. Other requests do without the weights that read their images."""
-    found = specs.find_extra_weights(where, specs.CLIP_VISION)
-    message = "can be used" if found else f"cannot be used without {specs.describe(specs.CLIP_VISION, where)}"
+    """Say what requests with IP adapters need. Other requests do without the weights that read their images.
+
+    Raises OSError if these are malformed.
+    """
+    if found := specs.find_extra_weights(where, specs.CLIP_VISION):
+        verify.verify(found)
+        message = "work with the memory plan resident"
+    else:
+        message = f"do not work without {specs.describe_missing(specs.CLIP_VISION, where)}"
     return Check(f"{_name(where)} IP adapters", True, message)
 
 

@@ -54,11 +54,11 @@ async function choose(name) {
 }
 
 // Fill a new form with what it had last, or else with the endpoint's defaults and what fits of the previous form. The
-// prompt and the image are always those of the previous form, if it had them.
+// prompt and the image are always those of the previous form, if it had them, and so is what its lines mean.
 function fill({ prompt, image_url, image_size, seed }, saved) {
   if (saved) {
     form.write(fields, saved.input);
-    sending.write(saved.options);
+    sending.write({ ...saved.options, ...(prompt && { isPromptPerLine: sending.read().isPromptPerLine }) });
   }
   // Without a default size, the image has the size of the input image.
   const size = fields.get("image_size")?.read() === undefined ? undefined : image_size;
@@ -103,7 +103,7 @@ async function showCodeOf(name, input) {
   byId("tab-code").focus();
 }
 
-// Without options, the form sends one request, with the priority that it has.
+// Without `options`, set the form to one request and keep its priority.
 async function useSettings(name, input, options = { priority: sending.read().priority }) {
   if (name !== endpoint) await choose(name);
   if (name !== endpoint) return;

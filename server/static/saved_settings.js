@@ -1,9 +1,11 @@
-// The settings of each endpoint's form, kept in this browser, and links that hold them: { input, options }, with the
-// options of sending.js.
+// The settings of each endpoint's form, { input, options }, kept in this browser or in a link. The options are those of
+// sending.js.
 
 import { withoutData } from "./labels.js";
 
 const KEY = "forms";
+// Earlier versions kept inputs without options here.
+localStorage.removeItem("settings");
 
 const load = () => JSON.parse(localStorage.getItem(KEY) ?? "{}");
 

@@ -5,7 +5,8 @@ One graph must serve all sizes: a request must never wait for the compiler.
 
 import copy
 import itertools
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -48,11 +49,16 @@ def transformer(in_channels: int = 64) -> Any:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
-            return FluxTransformer2DModel(
+            made = FluxTransformer2DModel(
                 **{**SHAPES["full"]["transformer"], **BLOCKS, "in_channels": in_channels, "out_channels": 64}
             ).eval()
     finally:
         torch.set_default_dtype(torch.float32)
+    if compilation.has_faster_attention():
+        compilation.choose_attention(made)
+        backends = {block.attn.processor._attention_backend for block in made.transformer_blocks}
+        assert backends == {AttentionBackendName._NATIVE_CUDNN}
+    return made
 
 
 def tiny_tier(*, dynamic: bool = True) -> Tier:
@@ -95,6 +101,15 @@ def skip_blocks(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache.num_skipped == 2
 
 
+@contextmanager
+def compiling_for(model: Model) -> Iterator[Compiled]:
+    """Compile for this GPU in the block, with the attention that the server tries first on it."""
+    with fake_gpu(model) as compiled, ExitStack() as stack:
+        if compilation.has_faster_attention():
+            stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", cudnn_attention))
+        yield compiled
+
+
 def cudnn_attention(query: Any, key: Any, value: Any, *_: Any, scale: float | None = None, **__: Any) -> Any:
     """Compute attention by cuDNN's kernel, as PyTorch does on a GPU if it may use only that."""
     return torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, False, scale=scale)[0]
@@ -119,15 +134,8 @@ def report(compiled: Compiled, name: str) -> None:
 
 @pytest.mark.parametrize("model", [A100, RTX_4090, H100, RTX_5090], ids=lambda model: model.name)
 def test_bf16(model: Model) -> None:
-    """Each GPU has the attention that the server tries first on it: on the last two, that of cuDNN."""
-    with fake_gpu(model) as compiled, ExitStack() as stack:
-        clone = compilation.clone_sharing_weights(transformer())
-        if compilation.has_faster_attention():
-            compilation.choose_attention(clone)
-            backends = {block.attn.processor._attention_backend for block in clone.transformer_blocks}
-            assert backends == {AttentionBackendName._NATIVE_CUDNN}
-            stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", cudnn_attention))
-        exact = compilation.compile_blocks(clone)
+    with compiling_for(model) as compiled:
+        exact = compilation.compile_blocks(compilation.clone_sharing_weights(transformer()))
         tier = Tier("none", exact, is_ready=False)
         tier.warm_up("cuda", torch.bfloat16, TEXT_TOKENS)
         report(compiled, f"{model.name}, none")
@@ -138,7 +146,7 @@ def test_bf16(model: Model) -> None:
 @pytest.mark.parametrize("in_channels", [128, 384], ids=["canny and depth", "fill"])
 def test_other_kinds_of_weights(in_channels: int) -> None:
     """The blocks are the same, so their kernels may come from an earlier test; the graphs are compiled anew."""
-    with fake_gpu(H100) as compiled:
+    with compiling_for(H100) as compiled:
         exact = compilation.compile_blocks(compilation.clone_sharing_weights(transformer(in_channels)))
         tier = Tier("none", exact, is_ready=False)
         tier.warm_up("cuda", torch.bfloat16, TEXT_TOKENS)
@@ -169,7 +177,7 @@ def quantized_clone(plan: str) -> Any:
 )
 def test_fp8(model: Model, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiers "regular" and "high" run the same blocks."""
-    with fake_gpu(model) as compiled:
+    with compiling_for(model) as compiled:
         quantized = quantized_clone(plan)
         tier = Tier("regular", compilation.compile_blocks(quantized), shares_forwards=True, is_ready=False)
         tier.warm_up("cuda", torch.bfloat16, TEXT_TOKENS)
@@ -183,7 +191,7 @@ def test_fp8(model: Model, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("model", [A100, RTX_4090, H100, RTX_5090], ids=lambda model: model.name)
 def test_weights_in_8_and_4_bits(model: Model, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All tiers run the same blocks."""
-    with fake_gpu(model) as compiled:
+    with compiling_for(model) as compiled:
         quantized = transformer()
         # Moving a module's fake parameters needs what the recorder replaces.
         with recorded():
@@ -203,8 +211,8 @@ def test_weights_in_8_and_4_bits(model: Model, kind: str, monkeypatch: pytest.Mo
     ids=lambda each: getattr(each, "name", each),
 )
 def test_loras_of_any_rank(model: Model, form: str) -> None:
-    """One more graph serves all ranks. In fp8, query, key and value are joined, and so are their LoRAs."""
-    with fake_gpu(model) as compiled:
+    """The same four graphs serve all ranks. In fp8, query, key and value are joined, and so are their LoRAs."""
+    with compiling_for(model) as compiled:
         if form in quantization.BYTES:
             base = transformer()
             with recorded():
@@ -221,7 +229,7 @@ def test_loras_of_any_rank(model: Model, form: str) -> None:
             with installed(clone, with_compiled_loras(clone, {}, like, rank)):
                 serve_all_sizes(tier)
         print(f"{model.name}, none with LoRAs, {form}: {num_graphs} graphs for all ranks and sizes")
-        check(compiled, model, num_graphs)
+        check(compiled, model, num_graphs=4)
 
 
 def decode(vae: Any, width: int = 1024, height: int = 1024) -> None:

@@ -87,9 +87,6 @@ def test_offloaded_weights_are_pinned_once_where_the_host_has_room(
     assert (recorder.pins == 0) == has_room
 
 
-# -- the parts whose sizes do not matter, in tiny shapes
-
-
 @pytest.fixture
 def tiny() -> Iterator[FluxEngine]:
     """Yield an engine with tiny shapes on a fake GPU; everything in the test is fake."""

@@ -125,7 +125,7 @@ def test_the_focus_moves_on_when_a_request_leaves_the_queue(page: Page, gate: Ga
     expect(page.locator("#queue")).to_be_hidden()
 
 
-def test_the_priority_of_a_request_that_paints_cannot_change(page: Page, gate: Gate) -> None:
+def test_the_priority_of_a_request_that_has_begun_cannot_change(page: Page, gate: Gate) -> None:
     """A request that was taken from the queue can still be sent again before its first step."""
     choose(page, "test/gate")
     run(page, str(gate.path))
@@ -179,7 +179,6 @@ def test_settings_are_remembered_for_each_endpoint(page: Page) -> None:
     page.get_by_label("Prompt", exact=True).fill("a fox")
     page.get_by_role("button", name=re.compile("512.512")).click()
     page.get_by_label("Number of images", exact=True).fill("3")
-    page.get_by_label("Each line is a request").check()
     page.get_by_label("Number of seeds").fill("4")
     choose(page, "test/unsafe")
     page.get_by_label("Number of seeds").fill("2")
@@ -194,8 +193,17 @@ def test_settings_are_remembered_for_each_endpoint(page: Page) -> None:
     choose(page, "test/null")
     expect(page.get_by_label("Number of images", exact=True)).to_have_value("3")
     expect(page.get_by_label("Width in pixels")).to_have_value("512")
-    expect(page.get_by_label("Each line is a request")).to_be_checked()
     expect(page.get_by_role("button", name="Run 4")).to_be_visible()
+    page.get_by_label("Each line is a request").check()
+    page.get_by_label("Prompt", exact=True).fill("a fox\na bear")
+    expect(page.get_by_role("button", name="Run 8")).to_be_visible()
+    # The prompt goes along to another endpoint, and so does what its lines mean.
+    choose(page, "test/unsafe")
+    expect(page.get_by_role("button", name="Run 4")).to_be_visible()
+    choose(page, "test/null")
+    page.reload()
+    page.wait_for_selector("body[data-ready='test/null']")
+    expect(page.get_by_label("Each line is a request")).to_be_checked()
     page.get_by_role("button", name="Reset").click()
     page.reload()
     page.wait_for_selector("body[data-ready='test/null']")

@@ -59,11 +59,11 @@ def test_what_ip_adapters_need_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     """Other requests do without it, so the check passes."""
     found = checks(tmp_path)["demo IP adapters"]
     assert found.ok
-    assert found.message.startswith("cannot be used without openai/clip-vit-large-patch14 in the directory ")
+    assert found.message.startswith("do not work without openai/clip-vit-large-patch14 in the directory ")
     assert found.message.endswith("demo/clip-vision")
     assert "fal-ai/flux/dev IP adapters" not in checks(tmp_path, "fal-ai/flux/dev=demo")
     cached = {"openai/clip-vit-large-patch14": tmp_path}
-    for place, message in ((cached, "can be used"), ({}, "; run `flux-server pull openai/clip-vit-large-patch14`")):
+    for place, message in ((cached, "resident"), ({}, "; run `flux-server pull openai/clip-vit-large-patch14`")):
         monkeypatch.setattr("models.loading.hub.cached_path", lambda hub_id, *_, place=place: place.get(hub_id))
         assert checks(tmp_path, HUB_ID)[f"{HUB_ID} IP adapters"].message.endswith(message)
 
