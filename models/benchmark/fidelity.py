@@ -40,9 +40,8 @@ def references(
     paths = [directory / f"{size}-{index}.png" for index in range(num_images)]
     if not all(path.exists() for path in paths):
         if generate is None:
-            raise LookupError(
-                "no plan with the exact weights has generated images; measure one too, with --plans group-offload,auto"
-            )
+            message = "no plan with the exact weights has generated images; measure one too: --plans group-offload,auto"
+            raise LookupError(message)
         for path, image in zip(paths, generate(), strict=True):
             image.save(path)
     return [_open(path) for path in paths]
