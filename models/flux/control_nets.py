@@ -213,7 +213,9 @@ class ControlNetManager:
             net = build(tensors, transformer)
             if net.input_hint_block is not None and self._pipeline.vae_scale_factor != _HINT_PIXELS:
                 raise ValueError("it takes pixels, eight for each latent, and the latents of this model are of others")
-            placed = {name: each.to(transformer.device, transformer.dtype) for name, each in tensors.items()}
+            # Copied on a CPU too: on some, products with the unaligned tensors of a mapped file round otherwise.
+            where = (transformer.device, transformer.dtype)
+            placed = {name: each.to(*where, copy=True) for name, each in tensors.items()}
         except (ValueError, OSError) as error:
             raise IncompatibleInput(image.loc, f"This control net does not fit this model: {error}") from error
         net.load_state_dict(placed, assign=True)
