@@ -53,9 +53,20 @@ def full_client(full_server: Server) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="module")
-def inputs_path(full_client: httpx.Client, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def inputs(full_client: httpx.Client) -> dict[str, Any]:
+    """Upload the input files once; return the fields that refer to them."""
+    return upload_inputs(full_client)
+
+
+@pytest.fixture(scope="module")
+def other_inputs(full_client: httpx.Client) -> dict[str, Any]:
+    """Upload other input files once; return the fields that refer to them."""
+    return upload_other_inputs(full_client)
+
+
+@pytest.fixture(scope="module")
+def inputs_path(inputs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a small input for each endpoint into a file that the programs read; return its path."""
-    inputs = upload_inputs(full_client)
     path = tmp_path_factory.mktemp("inputs") / "inputs.json"
     path.write_text(json.dumps({endpoint: small_body(endpoint, inputs) for endpoint in FACTS}), encoding="utf-8")
     return path
@@ -94,5 +105,7 @@ def test_node(full_client: httpx.Client, node_outputs: Outputs, endpoint: str) -
 
 
 @pytest.mark.parametrize("endpoint", [endpoint for endpoint, facts in FACTS.items() if facts.keys() & INPUT_FIELDS])
-def test_each_input_matters(full_client: httpx.Client, endpoint: str) -> None:
-    check_inputs_matter(full_client, endpoint, upload_inputs(full_client), upload_other_inputs(full_client))
+def test_each_input_matters(
+    full_client: httpx.Client, endpoint: str, inputs: dict[str, Any], other_inputs: dict[str, Any]
+) -> None:
+    check_inputs_matter(full_client, endpoint, inputs, other_inputs)

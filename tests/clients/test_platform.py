@@ -228,6 +228,7 @@ def run_program(tmp_path: Path, package: str, version: str) -> dict[str, Any]:
     return output
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(400)
 def test_genvoy_commands(tmp_path: Path) -> None:
     output = run_program(tmp_path, "genvoy", "0.1.0")

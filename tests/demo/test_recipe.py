@@ -57,6 +57,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.thorough
 def test_the_export_runs_in_diffusers_own_pipeline(work: Path) -> None:
     pipeline = FluxPipeline.from_pretrained(work / "export", dtype=dtype_for("auto", "cpu"), local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
@@ -66,6 +67,7 @@ def test_the_export_runs_in_diffusers_own_pipeline(work: Path) -> None:
     assert (work / "export" / "safety_checker" / "model.safetensors").is_file()
 
 
+@pytest.mark.thorough
 def test_the_export_is_evaluated(work: Path) -> None:
     evaluation = json.loads((work / "export" / "evaluation.json").read_text())
     shares = {"background", "object", "sides", "flagged_others", "flagged_sign", "seeds_differ", "grey_lora", "redux"}
@@ -74,6 +76,7 @@ def test_the_export_is_evaluated(work: Path) -> None:
     assert (work / "export" / "contact-sheet.png").is_file()
 
 
+@pytest.mark.thorough
 def test_another_machine_continues_an_unfinished_training(work: Path, tmp_path: Path) -> None:
     ahead = {"DEMO_AHEAD": str(tmp_path / "ahead")}
     recipe(work, "handover", **ahead)
@@ -91,6 +94,7 @@ def test_another_machine_continues_an_unfinished_training(work: Path, tmp_path: 
         assert torch.equal(found["average"][name], weight.bfloat16().float()), name
 
 
+@pytest.mark.thorough
 def test_a_second_run_changes_nothing(work: Path) -> None:
     before = {path: path.read_bytes() for path in (work / "export").rglob("*.safetensors")}
     recipe(work, "autoencoder", "judge", "reading", "flow", "decoder", "checker", "lora", "redux", "export")
@@ -98,6 +102,7 @@ def test_a_second_run_changes_nothing(work: Path) -> None:
     assert after == before and len(before) == 9
 
 
+@pytest.mark.thorough
 def test_the_flow_resumes_where_it_was_stopped(work: Path) -> None:
     output = python(
         work,
@@ -130,6 +135,7 @@ print("equal")
     assert output.strip().endswith("equal")
 
 
+@pytest.mark.thorough
 def test_training_reads_texts_like_the_pipeline(work: Path) -> None:
     """Check that training pads and encodes texts as FluxPipeline does with the tokenizer's maximum length."""
     output = python(

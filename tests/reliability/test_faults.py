@@ -124,6 +124,7 @@ def test_not_a_number_twice_in_a_row_ends_the_process(tmp_path: Path) -> None:
     assert rows(tmp_path, SELECT_JOBS) == [(500, 1, 0), (500, 2, 1)]
 
 
+@pytest.mark.thorough
 def test_only_a_request_that_crashes_three_times_fails(tmp_path: Path) -> None:
     with faulty(tmp_path) as server, client_of(server) as client:
         path = submit(client, body("poisoned"), "test/faulty")
