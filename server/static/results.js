@@ -164,6 +164,7 @@ async function showEarlier() {
   }
   cursor = next;
   byId("earlier").hidden = !hasMore;
+  filter();
 }
 
 // Show only favourites, including those that this browser lists no longer.
@@ -195,7 +196,9 @@ function filter() {
     last = day;
   }
   byId("empty").hidden = visible.length > 0;
-  byId("empty").textContent = runs.size && !visible.length ? "No image matches. Show earlier requests to search those, too." : "Images you generate appear here.";
+  const isNarrowed = onlyFavourites || words.length > 0;
+  const more = byId("earlier").hidden ? "" : " Show earlier requests to search those, too.";
+  byId("empty").textContent = isNarrowed ? `No image matches.${more}` : "Images you generate appear here.";
 }
 
 function dayOf(timestamp) {
