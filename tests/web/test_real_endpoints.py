@@ -7,7 +7,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from tests.support.server_process import Server, serving
 from tests.web.test_browser_client import browser as browser
-from tests.web.test_playground import choose, open_page
+from tests.web.test_playground import choose, open_page, run
 from tests.web.test_playground_devices import bytes_of_a_visit
 
 IMAGE = "https://images.example/a.png"
@@ -27,6 +27,17 @@ def page(browser: Browser, demo: Server) -> Iterator[Page]:
 @pytest.mark.parametrize("endpoint", ["fal-ai/flux/dev", "fal-ai/flux-general"])
 def test_first_visit_loads_little(browser: Browser, demo: Server, endpoint: str) -> None:
     assert sum(bytes_of_a_visit(browser, f"{demo.url}/#{endpoint}?{{}}").values()) <= 100_000
+
+
+def test_long_names_of_endpoints_fit_into_the_viewer(page: Page) -> None:
+    choose(page, "fal-ai/flux/dev")
+    page.get_by_text("More settings").click()
+    page.get_by_role("spinbutton", name="Number of inference steps").fill("1")
+    expect(run(page, "a fish").locator("figure img")).to_be_visible()
+    page.locator("a.open").click()
+    aside = page.locator("dialog.lightbox aside")
+    expect(aside.get_by_role("button", name="Compare")).to_be_visible()
+    assert aside.evaluate("aside => aside.scrollWidth <= aside.clientWidth")
 
 
 def test_lists_within_lists(page: Page) -> None:
