@@ -80,11 +80,17 @@ const inputsToSend = () => sending.inputsOf(form.read(fields), sending.read(), f
 
 // Show on the button how many requests it sends.
 function showCount() {
+  const [number] = firstOf({});
+  byId("run-label").textContent = number > 1 ? `Run ${number}` : "Run";
+}
+
+// Return how many requests the form sends, and the first of them; the form itself if they are too many.
+function firstOf(input) {
   try {
-    const number = inputsToSend().length;
-    byId("run-label").textContent = number > 1 ? `Run ${number}` : "Run";
+    const inputs = inputsToSend();
+    return [inputs.length, inputs[0]];
   } catch {
-    byId("run-label").textContent = "Run";
+    return [1, input];
   }
 }
 
@@ -93,7 +99,10 @@ async function showCode() {
   if (byId("code").hidden) return;
   const { show } = await import("./code_samples.js");
   const site = { needsKey: config.needs_key, url: api.origin };
-  show(byId("code"), endpoint, form.read(fields), site, Boolean(config.image_inputs[endpoint]));
+  // Only the prompt of the first request: a seed that the page chooses would be another one each time.
+  const input = form.read(fields);
+  const [numRequests, first] = firstOf(input);
+  show(byId("code"), numRequests, endpoint, { ...input, ...(first.prompt !== undefined && { prompt: first.prompt }) }, site, Boolean(config.image_inputs[endpoint]));
 }
 
 // Show a request as a program: its settings, and the code tab.

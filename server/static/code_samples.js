@@ -7,8 +7,8 @@ import * as tabs from "./tabs.js";
 
 const KEY = "language";
 
-// Fill the container. `sample` holds the arguments of `programs`.
-export function show(container, ...sample) {
+// Fill the container with programs for the first of `numRequests` requests. `sample` holds the arguments of `programs`.
+export function show(container, numRequests, ...sample) {
   const list = element("div", { className: "tabs", ariaLabel: "Language" });
   list.setAttribute("role", "tablist");
   const sections = Object.entries(programs(...sample)).map(([language, text], place) => {
@@ -19,7 +19,8 @@ export function show(container, ...sample) {
     list.append(tab);
     return section(id, language, text);
   });
-  container.replaceChildren(list, ...sections);
+  const about = element("p", { textContent: `The form sends ${numRequests} requests. These programs send the first.`, hidden: numRequests === 1 });
+  container.replaceChildren(about, list, ...sections);
   const choose = tabs.start(list, (tab) => localStorage.setItem(KEY, tab.textContent));
   choose([...list.children].find((tab) => tab.textContent === localStorage.getItem(KEY)) ?? list.firstChild);
 }

@@ -87,6 +87,20 @@ def test_openais_packages_are_left_out_where_they_do_not_apply(page: Page) -> No
     assert tuple(programs_of(page, "test/copy")) == ("curl", "Python", "JavaScript", *FIXTURES)
 
 
+def test_of_several_requests_the_programs_send_the_first(page: Page) -> None:
+    choose(page, "test/null")
+    page.get_by_role("tab", name="Code").click()
+    about = page.get_by_text("requests. These programs send the first.")
+    expect(about).to_be_hidden()
+    page.get_by_label("Each line is a request").check()
+    page.get_by_label("Number of seeds").fill("2")
+    page.get_by_label("Prompt", exact=True).fill("a fox\na bear")
+    expect(about).to_have_text("The form sends 4 requests. These programs send the first.")
+    code = page.locator("pre[data-language=curl]")
+    expect(code).to_contain_text('"prompt": "a fox"')
+    expect(code).not_to_contain_text("bear")
+
+
 def test_the_chosen_language_is_remembered(page: Page) -> None:
     programs_of(page)
     page.get_by_role("tab", name="OpenAI, Python").click()
