@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { askForKey, withKey } from "./api_key.js";
-import { announce, byId, element } from "./elements.js";
+import { announce, button, byId, element } from "./elements.js";
 import * as form from "./form.js";
 import { copyText, dropped } from "./image_files.js";
 import * as recentRuns from "./recent_runs.js";
@@ -17,6 +17,8 @@ const schemas = new Map();
 let endpoint = "";
 let fields = new Map();
 let latestChoice = 0;
+// The request of an image whose programs the code tab shows, { endpoint, input }; null for the form's.
+let shownRequest = null;
 
 // Return an endpoint's schema: { properties, order, required, schemas }.
 function schemaOf(name) {
@@ -43,6 +45,7 @@ async function choose(name) {
     fill(previous, savedSettings.settingsOf(name));
     sending.place(fields);
     byId("problem").textContent = "";
+    shownRequest = null;
   } catch (error) {
     if (choice !== latestChoice) return;
     byId("problem").textContent = `${name}: ${error.message}`;
@@ -72,6 +75,7 @@ const settings = () => ({ input: form.read(fields), options: sending.read() });
 
 function onChange() {
   savedSettings.remember(endpoint, settings());
+  shownRequest = null;
   showCount();
   showCode();
 }
@@ -94,22 +98,42 @@ function firstOf(input) {
   }
 }
 
-// Show the current form as programs, once the code tab is open.
+// Show the form's request, or that of an image, as programs if the code tab is open.
 async function showCode() {
   if (byId("code").hidden) return;
   const { show } = await import("./code_samples.js");
   const site = { needsKey: config.needs_key, url: api.origin };
-  // Only the prompt of the first request: a seed that the page chooses would be another one each time.
-  const input = form.read(fields);
-  const [numRequests, first] = firstOf(input);
-  show(byId("code"), numRequests, endpoint, { ...input, ...(first.prompt !== undefined && { prompt: first.prompt }) }, site, Boolean(config.image_inputs[endpoint]));
+  const { note, endpoint: name, input } = shownRequest ? { ...shownRequest, note: noteOfImage() } : formRequest();
+  show(byId("code"), note, name, input, site, Boolean(config.image_inputs[name]));
 }
 
-// Show a request as a program: its settings, and the code tab.
-async function showCodeOf(name, input) {
-  await useSettings(name, input);
+// Return the form's first request, and a note if there are others. A seed that the page would choose is left out.
+function formRequest() {
+  const input = form.read(fields);
+  const [numRequests, first] = firstOf(input);
+  const note = numRequests > 1 ? [`The form sends ${numRequests} requests. These programs send the first.`] : [];
+  return { note, endpoint, input: { ...input, ...(first.prompt !== undefined && { prompt: first.prompt }) } };
+}
+
+function noteOfImage() {
+  const showForm = button("Show the form's", () => {
+    shownRequest = null;
+    byId("tab-code").focus();
+    showCode();
+  });
+  return ["These programs send the request of the chosen image. ", showForm];
+}
+
+// Show the request of an image as programs. The form stays as it is.
+function showCodeOf(name, input) {
+  if (!config.endpoints.includes(name)) {
+    byId("problem").textContent = `This server has no endpoint ${name}.`;
+    return;
+  }
+  shownRequest = { endpoint: name, input };
   chooseTab(byId("tab-code"));
   byId("tab-code").focus();
+  announce("The programs send the request of the chosen image.");
 }
 
 // Without `options`, set the form to one request and keep its priority.
@@ -133,14 +157,18 @@ async function useAsInput(url, name, path, prompt) {
 }
 
 // Open the brush over a result, in the form of an endpoint that takes a mask.
-async function repaint(url, { endpoint: name, input }) {
-  const target = inpaintingFor(config, name);
-  if (target) await useAsInput(url, target, "image_url");
+async function repaint(url, { endpoint: source, input }) {
+  const name = inpaintingFor(config, source);
+  if (!name) return;
+  await useAsInput(url, name, "image_url");
   const mask = fields.get("mask_url");
-  if (!mask) return;
+  if (name !== endpoint || !mask) return;
   mask.write(undefined);
   fields.get("prompt")?.write(input.prompt);
-  if (await mask.draw()) form.focus(fields, "prompt");
+  const hasMask = await mask.draw();
+  if (name !== endpoint) return;
+  form.focus(fields, hasMask ? "prompt" : "mask_url");
+  if (hasMask) announce(`The form of ${name} now has the mask. Describe what should be there, then press Run.`);
 }
 
 async function submit(name, input, priority = sending.read().priority) {
@@ -205,7 +233,10 @@ function onDrop(event) {
   else if (url && config.image_to_image.length) useAsInput(url, imageToImageFor(config, endpoint), "image_url");
 }
 
-const chooseTab = tabs.start(byId("tabs"), showCode);
+const chooseTab = tabs.start(byId("tabs"), () => {
+  if (byId("code").hidden) shownRequest = null;
+  showCode();
+});
 byId("form").addEventListener("submit", (event) => {
   event.preventDefault();
   run();

@@ -1,4 +1,4 @@
-// The code tab: the current form as programs, one for each language.
+// The code tab: a request as programs, one for each language.
 
 import { announce, button, element } from "./elements.js";
 import { copyText } from "./image_files.js";
@@ -7,8 +7,8 @@ import * as tabs from "./tabs.js";
 
 const KEY = "language";
 
-// Fill the container with programs for the first of `numRequests` requests. `sample` holds the arguments of `programs`.
-export function show(container, numRequests, ...sample) {
+// Fill the container with programs. `note` is the text and buttons above them; `sample` holds the arguments of `programs`.
+export function show(container, note, ...sample) {
   const list = element("div", { className: "tabs", ariaLabel: "Language" });
   list.setAttribute("role", "tablist");
   const sections = Object.entries(programs(...sample)).map(([language, text], place) => {
@@ -19,8 +19,7 @@ export function show(container, numRequests, ...sample) {
     list.append(tab);
     return section(id, language, text);
   });
-  const about = element("p", { textContent: `The form sends ${numRequests} requests. These programs send the first.`, hidden: numRequests === 1 });
-  container.replaceChildren(about, list, ...sections);
+  container.replaceChildren(...(note.length ? [element("p", {}, ...note)] : []), list, ...sections);
   const choose = tabs.start(list, (tab) => localStorage.setItem(KEY, tab.textContent));
   choose([...list.children].find((tab) => tab.textContent === localStorage.getItem(KEY)) ?? list.firstChild);
 }

@@ -9,7 +9,7 @@ export async function open(left, right) {
   const images = [left, right].map(({ run, url, width, height, isFlagged }) => element("img", { src: url, width, height, alt: run.request.input.prompt ?? "", draggable: false, className: isFlagged ? "flagged" : "" }));
   images[0].classList.add("left");
   const flagged = images.filter((image) => image.classList.contains("flagged"));
-  const stage = element("div", { className: "pair" }, images[1], images[0], element("span", { className: "line" }));
+  const stage = element("div", { className: "pair" }, images[1], images[0], slider, element("span", { className: "line" }));
   stage.style.aspectRatio = `${left.width ?? 1} / ${left.height ?? 1}`;
   const show = () => stage.style.setProperty("--shown", `${slider.value}%`);
   const drag = (event) => {
@@ -18,6 +18,8 @@ export async function open(left, right) {
     show();
   };
   stage.addEventListener("pointerdown", (event) => {
+    event.preventDefault();
+    slider.focus();
     stage.setPointerCapture(event.pointerId);
     drag(event);
   });
@@ -28,7 +30,7 @@ export async function open(left, right) {
     dialog.close();
     open(right, left);
   });
-  const dialog = modal("compare", "Compare", element("div", { className: "view" }, stage), slider, element("div", { className: "actions" }, swap, ...(flagged.length ? ["Flagged by the safety checker. ", blurButton(...flagged)] : [])), table);
+  const dialog = modal("compare", "Compare", element("div", { className: "view" }, stage), element("div", { className: "actions" }, swap, ...(flagged.length ? ["Flagged by the safety checker. ", blurButton(...flagged)] : [])), table);
   fill(table, differences(left, right));
   show();
   slider.focus();

@@ -5,7 +5,7 @@ import * as favourites from "./favourites.js";
 import { setDragged } from "./image_files.js";
 
 // `result` is { run, index, url, width, height, isFlagged }. `actions` are the functions that the buttons call:
-// { open(result), compare(result), toggleFavourite(result), useAsInput(result) or null }.
+// { open(result), compare(result), toggleFavourite(result), useAsInput(result) or null, onMissing(result) }.
 export function figure(result, actions) {
   const { run, url, width, height, isFlagged } = result;
   const alt = run.request.input.prompt ?? "";
@@ -21,6 +21,7 @@ export function figure(result, actions) {
   link.addEventListener("dragstart", (event) => setDragged(event.dataTransfer, url));
   image.addEventListener("error", () => {
     run.results = run.results.filter((each) => each !== result);
+    actions.onMissing(result);
     result.node.replaceChildren("This image is no longer stored, or only its owner can view it.");
   });
   const tools = element("div", { className: "tools" }, favouriteButton(result, actions), compareButton(result, actions));

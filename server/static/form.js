@@ -24,7 +24,7 @@ export function build({ properties, order, required, schemas }, containers, onCh
   const fields = new Map();
   for (const container of Object.values(containers)) container.replaceChildren();
   for (const name of order) {
-    const field = createField(name, properties[name], schemas, fields);
+    const field = createField(name, { ...properties[name], description: withLabels(properties[name].description, order) }, schemas, fields);
     field.node.addEventListener("input", onChange);
     fields.set(name, field);
   }
@@ -35,6 +35,11 @@ export function build({ properties, order, required, schemas }, containers, onCh
   }
   return fields;
 }
+
+// Replace the names of fields in a description, such as image_url, by their labels. Names of one word stay: they may be
+// plain words.
+const withLabels = (text = "", names) =>
+  text.replace(/\b[a-z]+(_[a-z\d]+)+\b/g, (word) => (names.includes(word) ? `“${labelOf(word)}”` : word));
 
 export const read = (fields) =>
   Object.fromEntries([...fields].map(([name, field]) => [name, field.read()]).filter(([, value]) => value !== undefined));
@@ -181,8 +186,10 @@ function sizeField(name, property) {
   const group = element("div", { className: "sizes" });
   group.setAttribute("role", "group");
   group.setAttribute("aria-label", labelOf(name));
-  const width = element("input", { type: "number", min: 64, step: 1, ariaLabel: "Width in pixels" });
-  const height = element("input", { type: "number", min: 64, step: 1, ariaLabel: "Height in pixels" });
+  // Without a default, the image has the size of the input image.
+  const placeholder = property.default === undefined ? "Auto" : "";
+  const width = element("input", { type: "number", min: 64, step: 1, ariaLabel: "Width in pixels", placeholder });
+  const height = element("input", { type: "number", min: 64, step: 1, ariaLabel: "Height in pixels", placeholder });
   const buttons = Object.entries(PRESETS).map(([preset, [w, h]]) => {
     const shape = element("span", { className: "shape" });
     shape.style.aspectRatio = `${w} / ${h}`;
@@ -201,7 +208,7 @@ function sizeField(name, property) {
   };
   for (const side of [width, height]) {
     side.addEventListener("input", () => {
-      size = { width: Number(width.value), height: Number(height.value) };
+      size = width.value || height.value ? { width: Number(width.value), height: Number(height.value) } : property.default;
       for (const button of buttons) button.setAttribute("aria-pressed", "false");
     });
   }

@@ -9,7 +9,7 @@ import * as targets from "./targets.js";
 import { seedOf } from "./variations.js";
 
 const KEYS = [
-  ["← →", "Previous and next image"], ["Z", "Zoom to pixels"], ["F", "Favourite"], ["C", "Compare"], ["V", "Variations"],
+  ["← →", "Previous and next image"], ["Z", "Zoom to pixels"], ["F", "Favourite"], ["C", "Compare"], ["V", "3 variations"],
   ["R", "Repaint a part"], ["D", "Download"], ["S", "Use these settings"], ["Del", "Delete"], ["Esc", "Close"],
 ];
 
@@ -116,7 +116,7 @@ function buttons(result, commands, page) {
   const repaint = targets.inpaintingFor(page.config, endpoint) ? [button("Repaint a part", commands.r)] : [];
   return element(
     "div", { className: "actions" },
-    button("Variations", commands.v, { title: "Three more, with neighbouring seeds" }), ...strength, ...repaint, ...inputs,
+    button("3 variations", commands.v, { title: "Three more images, with neighbouring seeds" }), ...strength, ...repaint, ...inputs,
     button("Use these settings", commands.s), button("Show code", commands.code), star, button("Compare", commands.c),
     element("a", { className: "button", href: url, download: name, textContent: "Download" }),
     button("Copy image", commands.copy), button("Copy link", commands.copyLink), button("Delete", commands.Delete),

@@ -3,7 +3,7 @@
 import { localUrl } from "./api.js";
 import { button } from "./elements.js";
 
-// `imageField()` returns the form's field for the image.
+// `imageField()` returns the form's field for the image. The field's new function draw() returns whether it has a new mask.
 export const maskButton = (imageField) => (field) => {
   field.draw = () => draw(field, imageField());
   return button("Draw mask", field.draw);
@@ -13,16 +13,19 @@ async function draw(field, imageField) {
   await imageField?.settled();
   const url = localUrl(imageField?.read() ?? "");
   field.showProblem("");
-  if (!url) return field.showProblem("Choose the image first: the mask is drawn over it.");
-  if (!isReadable(url)) return field.showProblem("A mask can only be drawn over an image on this server. Upload the image, then draw.");
+  const fail = (message) => {
+    field.showProblem(message);
+    return false;
+  };
+  if (!url) return fail("Choose the image first: the mask is drawn over it.");
+  if (!isReadable(url)) return fail("A mask can only be drawn over an image on this server. Upload the image, then draw.");
   const { drawMask } = await import("./mask.js");
   try {
     const earlier = field.read();
     const file = await drawMask(url, earlier && isReadable(localUrl(earlier)) ? localUrl(earlier) : null);
-    if (file) await field.upload(file);
-    return true;
+    return file !== null && (await field.upload(file));
   } catch {
-    return field.showProblem("The image cannot be read. It may no longer be stored on this server.");
+    return fail("The image cannot be read. It may no longer be stored on this server.");
   }
 }
 

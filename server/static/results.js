@@ -16,8 +16,8 @@ let chosen = null;
 let onlyFavourites = false;
 let cursor = null;
 
-// `thePage` is { config, useSettings(endpoint, input), useAsInput(url, endpoint, path, prompt), submit(endpoint, input),
-// schemaOf(endpoint), onSeed(seed), repaint(url, request) }.
+// `thePage` is { config, useSettings(endpoint, input), showCodeOf(endpoint, input), useAsInput(url, endpoint, path, prompt),
+// submit(endpoint, input), schemaOf(endpoint), onSeed(seed), repaint(url, request) }.
 export function start(thePage) {
   page = thePage;
   if (!page.config.image_to_image.length) actions.useAsInput = null;
@@ -64,7 +64,8 @@ const varyStrength = (run, index) => withModule(import("./variations.js"), async
 });
 
 export const actions = {
-  open: (result) => withModule(import("./lightbox.js"), ({ open }) => open(result, { shown, page, actions })),
+  // While an image is chosen to compare, a click on another image compares the two.
+  open: (result) => chosen && chosen !== result ? compare(result) : withModule(import("./lightbox.js"), ({ open }) => open(result, { shown, page, actions })),
   compare,
   toggleFavourite,
   useAsInput: (result) => page.useAsInput(result.url, imageToImageFor(page.config, result.run.request.endpoint), "image_url", result.run.request.input.prompt),
@@ -78,6 +79,7 @@ export const actions = {
   // Without the server there is no panel; the request itself shows that the server cannot be reached.
   onUpdate: (run) => import("./queue_panel.js").then(({ update }) => update(run, changePriority), () => null),
   onDelete: remove,
+  onMissing: (result) => chosen === result && chooseForComparison(null),
   onError: (error) => (byId("problem").textContent = error.message),
 };
 
@@ -132,10 +134,15 @@ function toggleFavourite(result) {
   }
 }
 
-// The first press chooses an image, and the second press, on another image, compares the two.
+// The first call chooses an image. A call with another image compares the two; one with the same image cancels the choice.
 async function compare(result) {
-  if (!chosen || chosen === result) {
-    chooseForComparison(chosen ? null : result);
+  if (chosen === result) {
+    cancelComparison();
+    return;
+  }
+  if (!chosen) {
+    chooseForComparison(result);
+    announce("Image chosen. Choose a second image to compare, or press Escape.");
     return;
   }
   const other = chosen;
@@ -148,10 +155,19 @@ function chooseForComparison(result) {
   chosen = result;
   chosen?.compareButton.setAttribute("aria-pressed", "true");
   byId("comparing").hidden = !chosen;
-  announce(chosen ? "Chosen. Press Compare on another image." : "");
 }
 
-byId("stop-comparing").addEventListener("click", () => chooseForComparison(null));
+function cancelComparison() {
+  const { node } = chosen;
+  chooseForComparison(null);
+  announce("Comparison cancelled.");
+  node.querySelector("a.open")?.focus();
+}
+
+byId("stop-comparing").addEventListener("click", cancelComparison);
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && chosen && !document.querySelector("dialog[open]")) cancelComparison();
+});
 
 // Load this key's other requests from the server, page by page, including those of other browsers and programs.
 async function showEarlier() {

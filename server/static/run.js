@@ -18,7 +18,7 @@ export class Run {
     this.bar = element("progress", { max: 1, ariaLabel: "Steps" });
     this.images = element("div", { className: "images" });
     this.cancelButton = button("Cancel", () => this.cancel());
-    this.varyButton = button("Variations", () => actions.vary(this, 0), { hidden: true, title: "Three more, with neighbouring seeds" });
+    this.varyButton = button("3 variations", () => actions.vary(this, 0), { hidden: true, title: "Three more images, with neighbouring seeds" });
     this.raw = element("pre", { tabIndex: 0 });
     this.logs = element("pre", { tabIndex: 0 });
     this.node = this.card();
@@ -81,7 +81,7 @@ export class Run {
     const ahead = position === 1 ? "1 request ahead" : `${position} requests ahead`;
     const labels = {
       IN_QUEUE: position ? `Waiting, ${ahead}` : "Next in queue",
-      IN_PROGRESS: this.bar.position >= 0 ? `Step ${this.bar.value} of ${this.bar.max}` : "Generating…",
+      IN_PROGRESS: this.bar.position >= 0 ? `Step ${this.bar.value} of ${this.bar.max}` : "Starting…",
       COMPLETED: "Done",
       UNREACHABLE: "Cannot reach the server, retrying…",
     };

@@ -16,7 +16,7 @@ from tests.support.node import JS
 from tests.support.python_client import env_variables
 from tests.support.server_process import Server, free_port, serving
 from tests.web.test_browser_client import browser as browser
-from tests.web.test_playground import choose, open_page
+from tests.web.test_playground import choose, open_page, run
 from tests.web.test_playground import playing as playing
 
 CLIENTS = ("curl", "Python", "JavaScript", "OpenAI, Python", "OpenAI, JavaScript")
@@ -113,3 +113,30 @@ def test_the_chosen_language_is_remembered(page: Page) -> None:
     page.wait_for_selector("body[data-ready]")
     page.get_by_role("tab", name="Code").click()
     expect(page.locator("#code pre:visible")).to_have_attribute("data-language", "OpenAI, JavaScript")
+
+
+def test_the_code_of_an_image_leaves_the_form_as_it_is(page: Page) -> None:
+    choose(page, "test/null")
+    page.get_by_label("Seed", exact=True).fill("7")
+    expect(run(page, "a boat").locator("figure img")).to_be_visible()
+    page.get_by_label("Prompt", exact=True).fill("a train")
+    page.locator("#runs a.open").click()
+    page.locator("dialog.lightbox").get_by_role("button", name="Show code").click()
+    code = page.locator("#code")
+    expect(code.locator("pre:visible")).to_contain_text("a boat")
+    expect(code).to_contain_text("the chosen image")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a train")
+    code.get_by_role("button", name="Show the form's").click()
+    expect(code.locator("pre:visible")).to_contain_text("a train")
+    expect(code).not_to_contain_text("the chosen image")
+
+
+def test_a_change_of_the_form_shows_its_code_again(page: Page) -> None:
+    choose(page, "test/null")
+    expect(run(page, "a boat").locator("figure img")).to_be_visible()
+    page.locator("#runs a.open").click()
+    page.locator("dialog.lightbox").get_by_role("button", name="Show code").click()
+    expect(page.locator("#code")).to_contain_text("the chosen image")
+    page.get_by_label("Prompt", exact=True).fill("a train")
+    expect(page.locator("#code pre:visible")).to_contain_text("a train")
+    expect(page.locator("#code")).not_to_contain_text("the chosen image")

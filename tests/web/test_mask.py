@@ -167,6 +167,7 @@ def test_a_part_of_a_result_is_repainted(page: Page, mask: Locator) -> None:
     expect(page.get_by_label("Image URL")).to_have_value(source)
     expect(page.get_by_label("Mask URL")).not_to_have_value("")
     expect(page.get_by_label("Prompt")).to_be_focused()
+    expect(page.locator("#announcement")).to_contain_text("The form of test/inpaint now has the mask. Describe")
     page.get_by_role("button", name="Run").click()
     expect(page.locator("#runs figure img")).to_have_count(2)
 
@@ -185,3 +186,29 @@ def test_a_mask_needs_an_image_of_this_server(page: Page, url: str, problem: str
     page.get_by_label("Image URL").fill(url)
     page.get_by_role("button", name="Draw mask").click()
     expect(page.locator("[data-name=mask_url] .problem")).to_contain_text(problem)
+
+
+def test_without_a_mask_nothing_is_announced(page: Page, mask: Locator) -> None:
+    """After Escape in the brush, the form is that for a mask, and the focus is on the field for one."""
+    generate(page, "a bowl")
+    open_first(page)
+    page.keyboard.press("r")
+    expect(mask.locator("canvas")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.get_by_label("Mask URL")).to_be_focused()
+    expect(page.locator("#announcement")).not_to_contain_text("mask")
+
+
+def test_an_empty_size_is_that_of_the_image(page: Page, mask: Locator) -> None:
+    start(page)
+    stroke(page, (0.4, 0.4), (0.6, 0.6))
+    page.get_by_role("button", name="Use mask").click()
+    expect(page.get_by_label("Mask URL")).not_to_have_value("")
+    for side in ("Width in pixels", "Height in pixels"):
+        expect(page.get_by_label(side)).to_have_attribute("placeholder", "Auto")
+        page.get_by_label(side).fill("96")
+        page.get_by_label(side).fill("")
+    with page.expect_request(lambda request: request.url.endswith("/queue/test/inpaint")) as sent:
+        page.get_by_role("button", name="Run").click()
+    body: Any = sent.value.post_data_json
+    assert "image_size" not in body

@@ -1,5 +1,6 @@
 """The playground with endpoints of fal: their forms, and how much a first visit loads."""
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +16,8 @@ IMAGE = "https://images.example/a.png"
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("demo"), "fal-ai/flux/dev=demo", "fal-ai/flux-general=demo") as server:
+    endpoints = ("fal-ai/flux/dev", "fal-ai/flux-general", "fal-ai/flux-general/inpainting")
+    with serving(tmp_path_factory.mktemp("demo"), *(f"{endpoint}=demo" for endpoint in endpoints)) as server:
         yield server.ready()
 
 
@@ -38,6 +40,11 @@ def test_long_names_of_endpoints_fit_into_the_viewer(page: Page) -> None:
     aside = page.locator("dialog.lightbox aside")
     expect(aside.get_by_role("button", name="Compare")).to_be_visible()
     assert aside.evaluate("aside => aside.scrollWidth <= aside.clientWidth")
+
+
+def test_descriptions_name_other_fields_by_their_labels(page: Page) -> None:
+    choose(page, "fal-ai/flux-general/inpainting")
+    expect(page.get_by_label("Mask URL")).to_have_accessible_description(re.compile("as for “Image URL”"))
 
 
 def test_lists_within_lists(page: Page) -> None:

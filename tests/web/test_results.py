@@ -111,9 +111,10 @@ def test_two_images_are_compared_under_a_slider(page: Page) -> None:
     """The slider uncovers the left image up to its handle. The table lists what differs."""
     generate(page, "left", seed=40)
     generate(page, "right", seed=200)
-    for prompt in ("left", "right"):
-        card(page, prompt).hover()
-        card(page, prompt).get_by_role("button", name="Compare").click()
+    card(page, "left").hover()
+    card(page, "left").get_by_role("button", name="Compare").click()
+    expect(page.locator("#comparing")).to_contain_text("Choose a second image")
+    card(page, "right").locator("a.open").click()
     dialog = page.locator("dialog.compare")
     expect(dialog.locator("tr", has=page.locator("th:text-is('Seed')")).locator("td")).to_have_text(["40", "200"])
     slider = dialog.get_by_role("slider")
@@ -128,6 +129,17 @@ def test_two_images_are_compared_under_a_slider(page: Page) -> None:
     assert (red_at(dialog, 0.1), red_at(dialog, 0.3)) == pytest.approx((40, 200), abs=3)
     dialog.get_by_role("button", name="Swap").click()
     expect(page.locator("dialog.compare img.left")).to_have_attribute("alt", "right")
+
+
+def test_a_comparison_is_cancelled_by_escape(page: Page) -> None:
+    generate(page, "left", seed=40)
+    card(page, "left").hover()
+    card(page, "left").get_by_role("button", name="Compare").click()
+    page.keyboard.press("Escape")
+    expect(page.locator("#comparing")).to_be_hidden()
+    expect(card(page, "left").locator("a.open")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("dialog.lightbox")).to_be_visible()
 
 
 def red_at(dialog: Locator, place: float) -> int:

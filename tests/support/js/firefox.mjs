@@ -41,8 +41,6 @@ try {
   await page.keyboard.press("c");
   await until(() => !document.querySelector("dialog.lightbox"));
   await (await page.$$("#runs a.open"))[1].click();
-  await page.waitForSelector("dialog.lightbox .stage img");
-  await page.keyboard.press("c");
   await page.waitForSelector("dialog.compare img");
   const compared = await page.$eval("dialog.compare table", (table) => table.textContent);
   await page.keyboard.press("Escape");
