@@ -291,15 +291,19 @@ class Run:
 
 
 def generate(engine: FluxEngine, recorder: Recorder, task: FluxTask) -> Run:
-    """Generate an image with a preview. Its latents and the transformer's output stay on the GPU and in bf16."""
+    """Generate an image with a preview. Check that steps stay on the GPU and multiply in bf16 or fp8."""
     recorder.restart()
     engine.advance(task)
     recorder.waits.clear()
     recorder.uploads.clear()
+    recorder.products.clear()
     while task.step < task.num_steps:
         before = recorder.launches
         engine.advance(task)
     launches, waits, uploads = recorder.launches - before, list(recorder.waits), list(recorder.uploads)
+    assert recorder.products
+    other_dtypes = recorder.products - {torch.bfloat16, torch.float8_e4m3fn}
+    assert not other_dtypes, f"steps multiply in {other_dtypes}"
     for tensor in (task.samples[0].latents, task.samples[0].velocity):
         assert (tensor.device.type, tensor.dtype) == ("cuda", torch.bfloat16)
     engine.preview(task)

@@ -37,6 +37,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         peak: the highest `live` since `restart`.
         waits: where the server's code copied a value or a tensor from the GPU since `restart`; the CPU waits for each.
         uploads: the shapes of the tensors that were copied to the GPU since `restart`.
+        products: the dtypes of matrix products, convolutions and attention on the GPU since `restart`.
         pins: the number of tensors that were pinned, each by a copy in the host's memory, since `restart`.
         launches: the number of operations on the GPU since `restart`. Each is one or more kernels; views are none.
         trace: the tensors on the GPU as they come and go, from the start.
@@ -51,12 +52,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         self.stream = self._num_tensors = 0
         self.waits: list[str] = []
         self.uploads: list[tuple[int, ...]] = []
+        self.products: set[torch.dtype] = set()
         self._sizes = WeakIdKeyDictionary()
         self._pinned = WeakIdKeyDictionary()
 
     def restart(self) -> None:
         """Forget everything but the tensors that exist now."""
-        self.peak, self.waits, self.uploads = self.live, [], []
+        self.peak, self.waits, self.uploads, self.products = self.live, [], [], set()
         self.launches = self.pins = self.moved = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -73,6 +75,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
                     self.uploads.append(tuple(result.shape))
                 case "cuda", "cpu":
                     self.waits.append(_place())
+        if func.name().startswith(_PRODUCTS) and is_on_gpu(tree_leaves(result)[0]):
+            # The first tensor may be a bias, which has one dimension.
+            self.products.add(next(each.dtype for each in tree_leaves(args) if is_on_gpu(each) and each.ndim > 1))
         if not func.is_view and any(is_on_gpu(tensor) for tensor in tree_leaves(result)):
             self.launches += 1
             self.moved += sum(tensor.nbytes for tensor in tree_leaves((args, kwargs, result)) if is_on_gpu(tensor))
@@ -125,6 +130,10 @@ def is_on_gpu(value: Any) -> bool:
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
+#: The beginnings of the names of operations that multiply.
+_PRODUCTS = tuple(
+    f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "convolution", "_scaled_dot_product")
+)
 _READS = {_ITEM, torch.ops.aten.equal.default, torch.ops.aten.is_nonzero.default}
 
 

@@ -87,15 +87,20 @@ def copy_from_the_cpu(velocity: torch.Tensor) -> None:
     velocity.add_(torch.zeros(velocity.shape).to(velocity.device))
 
 
+def multiply_in_float32(velocity: torch.Tensor) -> None:
+    torch.einsum("btc,btd->bcd", velocity.float(), velocity.float())
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
         (check_finite, "steps wait for the GPU"),
         (copy_to_the_cpu, "steps wait for the GPU"),
         (copy_from_the_cpu, "steps copy tensors"),
+        (multiply_in_float32, "steps multiply in {torch.float32}"),
     ],
 )
-def test_a_step_that_waits_or_copies_is_found(
+def test_a_faulty_step_is_found(
     files: Files, monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any], None], message: str
 ) -> None:
     step_with = Sample.step_with
