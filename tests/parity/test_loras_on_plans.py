@@ -75,8 +75,16 @@ def fingerprint(module: Any) -> str:
     """Return a hash of the names and every bit of a module's weights."""
     digest = hashlib.sha256()
     for key, weight in sorted(module.state_dict().items()):
-        digest.update(key.encode() + weight.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(key.encode() + bits(weight.detach()))
     return digest.hexdigest()
+
+
+def bits(weight: Any) -> bytes:
+    """Return the bytes of a tensor, or of the tensors that a quantized one consists of."""
+    if hasattr(weight, "__tensor_flatten__"):
+        return b"".join(bits(getattr(weight, name)) for name in weight.__tensor_flatten__()[0])
+    content: bytes = weight.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return content
 
 
 def test_offloaded_weights_give_the_same_images(files: list[Path]) -> None:
@@ -88,13 +96,16 @@ def test_offloaded_weights_give_the_same_images(files: list[Path]) -> None:
     assert fingerprint(offloaded.pipeline.transformer) == before
 
 
-def test_weights_stored_in_8_bits_stay_as_they_are(files: list[Path]) -> None:
-    stored = engine_with("fp8-storage")
-    before, plain = fingerprint(stored.pipeline.transformer), generate(stored, request_of())
-    changed = generate(stored, request_of(1.0), files[0])
-    assert difference(changed, plain) > 0
-    assert difference(generate(stored, request_of()), plain) == 0
-    assert fingerprint(stored.pipeline.transformer) == before
+@pytest.mark.parametrize("plan", ["fp8-storage", "int8", "int4"])
+def test_quantized_weights_stay_as_they_are(files: list[Path], plan: str) -> None:
+    if plan.startswith("int"):
+        pytest.importorskip("torchao.quantization")
+    engine = engine_with(plan)
+    before, plain = fingerprint(engine.pipeline.transformer), generate(engine, request_of())
+    for place in (0, 1, 2, 0):
+        assert difference(generate(engine, request_of(1.0), files[place]), plain) > 0
+    assert difference(generate(engine, request_of()), plain) == 0
+    assert fingerprint(engine.pipeline.transformer) == before
 
 
 @pytest.mark.parametrize("plan", ["group-offload", "fp8-storage"])
