@@ -83,7 +83,9 @@ def bits(weight: Any) -> bytes:
     """Return the bytes of a tensor, or of the tensors that a quantized one consists of."""
     if hasattr(weight, "__tensor_flatten__"):
         return b"".join(bits(getattr(weight, name)) for name in weight.__tensor_flatten__()[0])
-    content: bytes = weight.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    # A copy, because a tensor of one number may have any stride, and then has no view of its bytes.
+    copied = weight.new_empty(weight.numel()).copy_(weight.flatten())
+    content: bytes = copied.view(torch.uint8).numpy().tobytes()
     return content
 
 
