@@ -30,7 +30,10 @@ FILE, BEST = WORK / "flow.pt", WORK / "best.pt"
 #: The number of iterations from one chunk of new scenes to the next, until the pool is full.
 ITERATIONS_A_CHUNK = 60
 #: The share of the iterations whose images lack most of their background, until the last tenth, which has none.
-CROPPED, LAST_CROPPED = 0.6, 0.9
+CROPPED, LAST_CROPPED = 0.4, 0.9
+#: The share of whole images that have the early mix of sizes after the early part too. More small images fit in one
+#: iteration.
+SMALL_SHARE = 0.5
 #: The share of the tokens far from objects that such an image keeps.
 KEPT_BACKGROUND = 0.15
 #: The decay of the average weights per iteration.
@@ -97,9 +100,10 @@ class Trainer:
 
     def batch(self, rng: numpy.random.Generator) -> tuple[torch.Tensor, list[str], networks.Kept | None]:
         """Return scaled latents of one size, a caption for each, and the tokens to train on; None for all tokens."""
-        size = pick_size(rng, self.is_early)
+        is_cropped = self.iteration < LAST_CROPPED * self.plan.flow_iterations and rng.random() < CROPPED
+        size = pick_size(rng, self.is_early or (not is_cropped and rng.random() < SMALL_SHARE))
         boxes, kept = None, None
-        if self.iteration < LAST_CROPPED * self.plan.flow_iterations and rng.random() < CROPPED:
+        if is_cropped:
             boxes = self.pool.pick_boxes(size, rng)
             kept = kept_tokens(size, boxes, rng)
         num_tokens = flow_times.tokens_of(size) if kept is None else len(kept.indices)

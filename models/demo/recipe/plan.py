@@ -149,7 +149,7 @@ EARLY = 0.5
 _EARLY_SHARES = (0.03, 0.30, 0.04, 0.04, 0.04, 0.04), (0.15, 0.15, 0.08, 0.08, 0.04, 0.01)
 
 
-def size_shares(is_early: bool) -> dict[tuple[int, int], float]:
+def size_shares(mostly_small: bool) -> dict[tuple[int, int], float]:
     """Return the share of training images of each size in pixels. The shares add up to 1."""
-    presets, others = _EARLY_SHARES if is_early else ((0.12,) * len(PRESETS), (0.28 / len(OTHER_SIZES),) * 6)
+    presets, others = _EARLY_SHARES if mostly_small else ((0.12,) * len(PRESETS), (0.28 / len(OTHER_SIZES),) * 6)
     return dict(zip((*PRESETS.values(), *OTHER_SIZES), (*presets, *others), strict=True))

@@ -1,6 +1,7 @@
 """A pool of scenes with their latents, which are computed once. Captions are not kept: each use makes new ones."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,16 @@ from models.demo.recipe.plan import EARLY, SEED, WORK, Plan, size_shares
 
 FOLDER = WORK / "pool"
 STATISTICS = WORK / "latents.json"
+#: The share of scenes with two objects among whole images, and among cropped ones. In the pool it is a third. Which
+#: word describes which of two objects is learnt last, so training sees more of them.
+PAIR_SHARE, CROPPED_PAIR_SHARE = 0.65, 0.5
 
 Size = tuple[int, int]
 
 
-def pick_size(rng: numpy.random.Generator, is_early: bool) -> Size:
+def pick_size(rng: numpy.random.Generator, mostly_small: bool) -> Size:
     """Return a random size; each has the probability in `size_shares`."""
-    shares = size_shares(is_early)
+    shares = size_shares(mostly_small)
     return list(shares)[int(rng.choice(len(shares), p=list(shares.values())))]
 
 
@@ -38,7 +42,7 @@ class Pool:
         self.plan, self.vae, self.device = plan, vae, device
         self.things = all_objects(plan.scale)
         self.icons = {thing.name: thing.icon for thing in self.things}
-        self.shelves = {size: Shelf([], []) for size in size_shares(is_early=True)}
+        self.shelves = {size: Shelf([], []) for size in size_shares(mostly_small=True)}
         self.num_chunks = 0
         while (FOLDER / f"{self.num_chunks:05d}.pt").is_file():
             self._take(checkpoint.load(FOLDER / f"{self.num_chunks:05d}.pt"))
@@ -97,8 +101,9 @@ class Pool:
 
     def pick_boxes(self, size: Size, rng: numpy.random.Generator) -> tuple[scenes.Box, ...]:
         """Return the boxes of a random scene of a size."""
-        shelf = self.shelves[size]
-        return tuple(shelf.scenes[int(rng.integers(len(shelf.scenes)))].boxes(*size))
+        scenes_of_size = self.shelves[size].scenes
+        place = _pick_place(range(len(scenes_of_size)), scenes_of_size, CROPPED_PAIR_SHARE, rng)
+        return tuple(scenes_of_size[place].boxes(*size))
 
     def pick(
         self, size: Size, boxes: tuple[scenes.Box, ...] | None, number: int, rng: numpy.random.Generator
@@ -106,7 +111,7 @@ class Pool:
         """Return random scenes of a size whose objects are in these boxes, if given, and their latents in float32."""
         shelf = self.shelves[size]
         alike = [n for n, scene in enumerate(shelf.scenes) if boxes in (None, tuple(scene.boxes(*size)))]
-        chosen = [alike[int(n)] for n in rng.integers(len(alike), size=number)]
+        chosen = [_pick_place(alike, shelf.scenes, PAIR_SHARE, rng) for _ in range(number)]
         return [shelf.scenes[n] for n in chosen], torch.stack([shelf.latents[n] for n in chosen]).float()
 
     def statistics(self) -> tuple[float, float]:
@@ -122,6 +127,13 @@ class Pool:
             "scaling_factor": round(1 / float(numbers.std()), 4),
             "shift_factor": round(float(numbers.mean()), 4),
         }
+
+
+def _pick_place(places: Sequence[int], found: list[scenes.Scene], share: float, rng: numpy.random.Generator) -> int:
+    """Return a random one of these places. With probability `share`, its scene has two objects, if one there has."""
+    wanted = 2 if rng.random() < share else 1
+    fitting = [place for place in places if len(found[place].objects) == wanted] or places
+    return fitting[int(rng.integers(len(fitting)))]
 
 
 def statistics() -> tuple[float, float]:
