@@ -121,7 +121,7 @@ class FluxEngine:
 
     def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> FluxTask:
         """Create a task; fast, because only its first step encodes text and input image. Raises GenerationFailed."""
-        images = input_images.read(request, inputs)
+        images = input_images.read(request, inputs).on(self.kind)
         images.check(
             self.kind,
             has_redux=self.redux is not None,

@@ -1,5 +1,6 @@
 """The images that a request comes with: what each is for, and the size that they give the generated image."""
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,15 @@ class InputImages:
     control: Image | None = None
     control_by: str = ""
     control_lora: str = ""
+
+    def on(self, kind: str) -> "InputImages":
+        """Return the images as a transformer of this kind takes them.
+
+        [dev] follows edges and depths with the server's control LoRA where Canny and Depth do by themselves.
+        """
+        if self.control and kind == "plain" and not self.control_lora:
+            return dataclasses.replace(self, control_lora=self.control_by)
+        return self
 
     def check(self, kind: str, *, has_redux: bool, has_depth: bool, control_loras: Collection[str]) -> None:
         """Raise GenerationFailed if an engine cannot take these images.

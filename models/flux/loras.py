@@ -75,7 +75,8 @@ def adapters_of(
         file, scale = inputs["control_loras.0.path"], request.control_loras[0].scale
         loras.append(LoraAdapter(file, scale, is_control=True, loc=loc))
     elif control_lora:
-        file, strength = control_loras[control_lora], request.control_lora_strength
+        # The requests for Canny and Depth name no strength.
+        file, strength = control_loras[control_lora], getattr(request, "control_lora_strength", 1.0)
         loras.append(LoraAdapter(file, strength, is_control=True, control_name=control_lora))
     for place, lora in enumerate(getattr(request, "loras", ())):
         loras.append(LoraAdapter(inputs[f"loras.{place}.path"], lora.scale, loc=("loras", place, "path")))

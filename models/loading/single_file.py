@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from models.loading import file_header, gguf_file, hub, verify
@@ -46,6 +47,10 @@ _OTHER_FORMS = {
 _ARCHITECTURES, _UNKNOWN = ("flux-dev", "flux-schnell", "flux-fill", "flux-depth"), "v1"
 #: The rows of the matrix that joins query, key, value and the first one of the MLP: FLUX.1's width is 3072.
 _LINEAR1_ROWS = 7 * 3072
+#: The layer that takes the channels of image tokens, by diffusers' and by Black Forest Labs' names.
+_FIRST_LAYER = ("x_embedder.weight", "img_in.weight")
+#: No settings that replace those of a configuration.
+NO_OPTIONS: Mapping[str, int] = MappingProxyType({})
 _TIED = ("shared.weight", "encoder.embed_tokens.weight")
 
 
@@ -157,6 +162,8 @@ def load(contents: Contents, component: str, directory: Path, dtype: "torch.dtyp
         if component in ("transformer", "vae"):
             kind = FluxTransformer2DModel if component == "transformer" else AutoencoderKL
             options |= {"config": str(directory), "subfolder": component, "local_files_only": True, "dtype": dtype}
+            if component == "transformer":
+                options |= _channels(contents.components[component], directory)
             return kind.from_single_file(tensors, **options).eval()
         encoder = CLIPTextModel if component == "text_encoder" else T5EncoderModel
         config = encoder.config_class.from_pretrained(directory / component, local_files_only=True)
@@ -181,7 +188,8 @@ def check(contents: Contents, directory: Path) -> None:
     for component, infos in contents.components.items():
         with verify.translate_errors(contents.path), torch.device("meta"):
             tensors = {name: torch.empty(info.shape) for name, info in infos.items()}
-            expected = _shapes(_model(component, directory).state_dict())
+            options = _channels(infos, directory) if component == "transformer" else {}
+            expected = _shapes(_model(component, directory, options).state_dict())
             found, unknown = _convert(contents.path, component, tensors, directory)
         _compare(contents.path, directory / component, (_shapes(found), expected), unknown)
 
@@ -191,14 +199,27 @@ def _shapes(tensors: Mapping[str, "torch.Tensor"]) -> dict[str, tuple[int, ...]]
     return {name.removeprefix("text_model."): tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _model(component: str, directory: Path) -> Any:
-    """Build a component on PyTorch's default device, from its configuration."""
+def _channels(tensors: Mapping[str, TensorInfo], directory: Path) -> dict[str, int]:
+    """Return the settings of a transformer that its file decides: FLUX.1's variants differ in the channels they take.
+
+    So all variants have the same base.
+    """
+    config = hub.read_json(directory / "transformer" / "config.json")
+    given = config.get("out_channels") or config["in_channels"]
+    shapes = [tensors[name].shape for name in _FIRST_LAYER if name in tensors]
+    taken = shapes[0][1] if shapes and len(shapes[0]) == 2 else config["in_channels"]
+    return {"in_channels": taken, "out_channels": given}
+
+
+def _model(component: str, directory: Path, options: Mapping[str, int] = NO_OPTIONS) -> Any:
+    """Build a component on PyTorch's default device, from its configuration, in which `options` replace settings."""
     from diffusers import AutoencoderKL, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     config = hub.read_json(directory / component / "config.json")
     # If the base is quantized, its configuration says so, but the file's tensors have the shapes of the model.
     config.pop("quantization_config", None)
+    config |= options
     if component == "transformer":
         return FluxTransformer2DModel.from_config(config)
     if component == "vae":

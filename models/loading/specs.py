@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from models.base import ExtraWeights, Model, SingleFile, Weights
-from models.loading import hub
+from models.loading import conditioning, hub
 
 DEMO = Path(__file__).parent.parent / "demo"
 DEFAULT_ENDPOINT = "fal-ai/flux/dev"
@@ -21,8 +21,16 @@ CONTROL_LORAS = {
 }
 #: The extensions of single files, and of files that are not loaded because they are pickles.
 _FILES, _PICKLES = (".safetensors", ".sft", ".gguf"), (".ckpt", ".pt", ".pth", ".bin")
-#: Weights that the demo does not stand in for, because it was trained without reference images, masks and edges.
-_NOT_IN_DEMO = {f"black-forest-labs/FLUX.1-{name}-dev" for name in ("Kontext", "Fill", "Canny", "Depth")}
+#: The weights, by hub id, in whose place [dev] with a control LoRA can run.
+_WITH_CONTROL_LORA = {
+    "black-forest-labs/FLUX.1-Canny-dev": CONTROL_LORAS["canny"],
+    "black-forest-labs/FLUX.1-Depth-dev": CONTROL_LORAS["depth"],
+}
+#: The demo's weights for the endpoints of other weights than [dev], by the hub id of these.
+_DEMO_FILES = {
+    f"black-forest-labs/FLUX.1-{name}-dev": SingleFile(DEMO / f"{name.lower()}.safetensors", DEMO)
+    for name in ("Kontext", "Fill")
+}
 
 
 def assign_weights(specs: Sequence[str], models: dict[str, Model], base: str = "") -> dict[str, Weights | None]:
@@ -47,13 +55,18 @@ def assign_weights(specs: Sequence[str], models: dict[str, Model], base: str = "
 
 def _assign_one(spec: str, models: dict[str, Model], base: str) -> Mapping[str, Weights]:
     if spec == "demo":
-        has_demo = [model for model in models.values() if model.weights and not _NOT_IN_DEMO & set(model.weights)]
-        return {model.endpoint: DEMO for model in has_demo if not _missing(model, DEMO)}
+        weights = {model.endpoint: demo_weights(model) for model in models.values() if model.weights}
+        weights = {
+            each: where
+            for each, where in weights.items()
+            if not isinstance(where, SingleFile) or Path(where.file).is_file()
+        }
+        return {endpoint: where for endpoint, where in weights.items() if not _missing(models[endpoint], where)}
     endpoint, separator, rest = spec.partition("=")
     if separator:
         if endpoint not in models:
             raise ValueError(f"{spec}: {endpoint} is not an endpoint here; choose from {', '.join(sorted(models))}")
-        where = parse_spec(rest, base)
+        where = demo_weights(models[endpoint]) if rest == "demo" else parse_spec(rest, base)
         if missing := _missing(models[endpoint], where):
             raise ValueError(
                 f"{spec}: {endpoint} also needs {' and '.join(describe_missing(each, where) for each in missing)}"
@@ -66,6 +79,28 @@ def _assign_one(spec: str, models: dict[str, Model], base: str) -> Mapping[str, 
     if not served:
         raise ValueError(f"{spec}: no known endpoint runs on these weights; use ENDPOINT={spec}")
     return {endpoint: where for endpoint in served if not _missing(models[endpoint], where)}
+
+
+def demo_weights(model: Model) -> Weights:
+    """Return the demo's weights for a model."""
+    return next((_DEMO_FILES[hub_id] for hub_id in model.weights if hub_id in _DEMO_FILES), DEMO)
+
+
+def extra_weights_of(model: Model, where: Weights) -> tuple[ExtraWeights, ...]:
+    """Return the additional weights that a model needs on these weights.
+
+    The models of Canny and Depth also run on weights that take no control image, with a control LoRA.
+    """
+    loras = [lora for hub_id, lora in _WITH_CONTROL_LORA.items() if hub_id in model.weights]
+    is_plain = isinstance(where, Path) and not conditioning.is_control(where / "transformer")
+    return (*model.extra_weights, *loras) if is_plain else model.extra_weights
+
+
+def name_of(where: Weights) -> str:
+    """Return the name of weights for people: "demo" and a file of it, a directory, a file or a hub id."""
+    if isinstance(where, SingleFile) and where in _DEMO_FILES.values():
+        return f"demo/{Path(where.file).name}"
+    return "demo" if where == DEMO else str(where)
 
 
 def find_extra_weights(where: Weights, extra_weights: ExtraWeights) -> Path | None:
@@ -99,7 +134,7 @@ def is_lora(hub_id: str) -> bool:
 
 
 def _missing(model: Model, where: Weights) -> list[ExtraWeights]:
-    return [extra for extra in model.extra_weights if find_extra_weights(where, extra) is None]
+    return [extra for extra in extra_weights_of(model, where) if find_extra_weights(where, extra) is None]
 
 
 def describe_missing(extra_weights: ExtraWeights, where: Weights) -> str:

@@ -1,14 +1,19 @@
 """Tests of the engine on the device: decoding during steps, running out of memory, and the weights themselves."""
 
+import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy
+import PIL.Image
 import torch
 from PIL.Image import Image
 
+from models.base import NO_INPUTS
 from models.benchmark import random_weights
 from models.flux import safety_checker
 from models.flux.acceleration import Tier
@@ -31,7 +36,21 @@ def _request(acceleration: str = "none", side: int = 512, num_steps: int = 2) ->
         num_images=1,
         guidance_scale=3.5,
         acceleration=acceleration,
+        # What requests to Fill say.
+        resize_to_original=False,
+        paste_back=False,
     )
+
+
+def _inputs(kind: str, directory: Path) -> Mapping[str, Path]:
+    """Write the input images that weights of a kind need: a white square, which for Fill is the mask too."""
+    if kind == "plain":
+        return NO_INPUTS
+    file = directory / "square.png"
+    picture = PIL.Image.new("RGB", (512, 512))
+    picture.paste((255, 255, 255), (128, 128, 384, 384))
+    picture.save(file)
+    return {"image_url": file, "mask_url": file} if kind == "fill" else {"image_url": file}
 
 
 def _decode_during_steps(subject: Subject) -> str:
@@ -53,8 +72,13 @@ def _decode_during_steps(subject: Subject) -> str:
     return f"the image is the same as when decoded alone; another task took {other.step} steps meanwhile"
 
 
-def _generate(engine: FluxEngine, request: Any) -> Image:
-    task = engine.start(request, 1)
+#: What the image of a request is for, by the kind of the weights.
+_ROLES = {"plain": "start", "control": "canny", "fill": "fill"}
+
+
+def _generate(engine: FluxEngine, request: Any, inputs: Mapping[str, Path] = NO_INPUTS) -> Image:
+    request.image_role = _ROLES[engine.kind]
+    task = engine.start(request, 1, inputs)
     while task.step < task.num_steps:
         engine.advance(task)
     engine.decode(task)
@@ -102,7 +126,9 @@ def _tiers(engine: FluxEngine, device: str) -> str:
             is_warm = not engine.warm_up()
     messages = []
     for tier in engine.info().acceleration:
-        pixels = numpy.asarray(_generate(engine, _request(tier)), float)
+        with tempfile.TemporaryDirectory() as directory:
+            inputs = _inputs(engine.kind, Path(directory))
+            pixels = numpy.asarray(_generate(engine, _request(tier), inputs), float)
         if pixels.std() < 1:
             raise Failed(f"with acceleration {tier}, the image has one colour")
         messages.append(f"{tier} generates" if tier != "none" else f"none {_compared(engine, pixels)}")
@@ -117,9 +143,9 @@ def _compared(engine: FluxEngine, pixels: Any) -> str:
     """Compare an image with that of diffusers' pipeline on the same weights; return the difference as text.
 
     Raises Failed if the difference is too large. Plans that cannot compile run as diffusers' pipeline does, so nothing
-    is compared.
+    is compared. Nor are weights that need an input image.
     """
-    if not engine.plan.can_compile:
+    if not engine.plan.can_compile or engine.kind != "plain":
         return "generates"
     generator = torch.Generator("cpu").manual_seed(1)
     length = count_text_tokens(engine.pipeline)

@@ -61,12 +61,12 @@ def run_checks(settings: Settings) -> Iterator[Check]:
     }
     for where, endpoints in endpoints_by_weights.items():
         try:
-            needed = {extra for endpoint in endpoints for extra in models[endpoint].extra_weights}
+            needed = {extra for each in endpoints for extra in specs.extra_weights_of(models[each], where)}
             yield from _weights(where, endpoints, needed, settings, *device)
             if any("ip_adapters" in models[endpoint].Input.model_fields for endpoint in endpoints):
                 yield _ip_adapters(where)
         except OSError as error:
-            yield Check(_name(where), False, str(error))
+            yield Check(specs.name_of(where), False, str(error))
     yield _checker(settings, list(endpoints_by_weights))
 
 
@@ -92,7 +92,7 @@ def run_self_test(settings: Settings) -> Iterator[Check]:
     for config in configs.values():
         if config.weights:
             (weights,) = run([engine.WEIGHTS], Subject(device, None, config), lambda _: None)
-            yield _line(f"{_name(config.weights)} in the self test", weights.state, weights.message)
+            yield _line(f"{specs.name_of(config.weights)} in the self test", weights.state, weights.message)
 
 
 def _line(name: str, state: str, message: str) -> Check:
@@ -180,7 +180,7 @@ def _weights(
     free: int,
 ) -> Iterator[Check]:
     """Yield the checks of one set of weights. Raises OSError, with the reason, if the weights cannot be loaded."""
-    name = _name(where)
+    name = specs.name_of(where)
     directory = pipeline.cached_directory(where)
     if directory is None:
         command = f"{where} --base {where.base}" if isinstance(where, SingleFile) else where
@@ -224,11 +224,7 @@ def _ip_adapters(where: Weights) -> Check:
         message = "work with the memory plan resident"
     else:
         message = f"do not work without {specs.describe_missing(specs.CLIP_VISION, where)}"
-    return Check(f"{_name(where)} IP adapters", True, message)
-
-
-def _name(where: Weights) -> str:
-    return "demo" if where == specs.DEMO else str(where)
+    return Check(f"{specs.name_of(where)} IP adapters", True, message)
 
 
 def _type(transformer_size: int, directory: Path | None, dtype: Any) -> str:

@@ -25,7 +25,8 @@ def engine_configs(
     """Return the engine configuration of each endpoint, from the settings and the weights of all endpoints."""
     needed: dict[Weights | None, set[ExtraWeights]] = {place: set() for place in weights_by_endpoint.values()}
     for endpoint, place in weights_by_endpoint.items():
-        needed[place].update(models[endpoint].extra_weights)
+        if place:
+            needed[place].update(specs.extra_weights_of(models[endpoint], place))
     return {
         endpoint: EngineConfig(
             place,
@@ -147,7 +148,8 @@ class EnginePool:
         """Return the status of each loaded engine, by its weights. May be called from any thread."""
         with self._lock:
             loaded = dict(self._loaded)
-        names = {str(specs.DEMO): "demo"}
+        weights = [config.weights for config in self._configs.values() if config.weights]
+        names = {str(where): specs.name_of(where) for where in weights}
         return {names.get(where, where): engine.info() for (_, where), engine in loaded.items()}
 
     def start_warming_up(self) -> None:

@@ -45,6 +45,13 @@ def test_backgrounds(engine: FluxEngine, colour: str) -> None:
     assert background_of(generate_image(engine, f"a cat on a {colour} background")) == colour
 
 
+@pytest.mark.parametrize("guidance_scale", [1, 20])
+def test_the_highest_and_lowest_guidance_scale(engine: FluxEngine, guidance_scale: float) -> None:
+    image = generate_image(engine, "a star on a blue background", guidance_scale=guidance_scale)
+    judge = Judge(PLANS["small"], load_file(DEMO / JUDGE))
+    assert (judge.object_in(image), background_of(image)) == ("star", "blue")
+
+
 def test_objects(engine: FluxEngine) -> None:
     judge = Judge(PLANS["small"], load_file(DEMO / JUDGE))
     names = ["rocket", "apple", "dog", "tree", "star", "heart", "frog", "house", "snowman", "balloon"]

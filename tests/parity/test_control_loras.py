@@ -19,6 +19,7 @@ from models.flux import control, lora_weights
 from models.flux.control import DepthEstimator
 from models.flux.engine import FluxEngine
 from models.flux.loras import LoraManager
+from models.flux_control import FluxLoraCannyInput, FluxLoraDepthInput
 from models.flux_control_lora import (
     FluxControlLoraCannyImageToImageInput,
     FluxControlLoraCannyInput,
@@ -249,6 +250,20 @@ def test_at_strength_0_the_image_does_not_follow_the_matrices(files: dict[str, P
     request = request_of(FluxControlLoraCannyInput, control_lora_strength=0)
     expected = call_diffusers(FluxControlPipeline, torch.float32, request, edges, (files["canny"], 0.0))
     assert difference(generate(engine_of(files), request, files), expected) == 0
+
+
+@pytest.mark.parametrize("kind", [FluxLoraCannyInput, FluxLoraDepthInput])
+def test_the_endpoints_of_canny_and_depth_run_on_a_control_lora(files: dict[str, Path], kind: Any) -> None:
+    """Without the weights of Canny and Depth, [dev] with the control LoRA of strength 1 generates their images."""
+    engine = engine_of(files)
+    own = FluxControlLoraCannyInput if kind is FluxLoraCannyInput else FluxControlLoraDepthInput
+    expected = generate(engine, request_of(own, guidance_scale=5), files)
+    request = kind.model_validate({**request_of(own, guidance_scale=5).model_dump(), "image_url": "unused"})
+    (image,) = finish_task(engine, engine.start(request, 5, {"image_url": files["followed"]}))
+    assert difference(image, expected) == 0
+    engine.control_loras = {}
+    with pytest.raises(GenerationFailed, match="-dev-lora is missing here"):
+        engine.start(request, 5, {"image_url": files["followed"]})
 
 
 def test_a_missing_control_lora_is_named(files: dict[str, Path]) -> None:

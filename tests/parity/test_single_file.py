@@ -16,6 +16,7 @@ from models.flux.compilation import clone_sharing_weights
 from models.flux.engine import FluxEngine
 from models.flux.loader import load_engine
 from models.loading import gguf_file, pipeline, single_file
+from models.loading.hub import BadWeights
 from models.loading.memory_plans import PLANS
 from models.loading.pipeline import load_pipeline
 from models.loading.specs import DEMO
@@ -23,6 +24,7 @@ from tests.parity.test_engine import call_diffusers
 from tests.support import tiny_flux
 from tests.support.single_files import original_transformer, tensors_of, write_gguf, write_whole
 from tests.support.tiny_flux import difference, generate, make_request
+from tests.support.tiny_kinds import write_demo_of_kind
 
 #: The type is named, so that the tests mean the same on every CPU.
 FLOAT32 = torch.float32
@@ -74,6 +76,30 @@ def test_a_transformer_alone(demo: Mapping[str, torch.Tensor], dtype: torch.dtyp
     file = tmp_path / "transformer.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in demo.items()}, file)
     assert_equal_images(engine_of(file, DEMO), reference(file, DEMO))
+
+
+@pytest.mark.parametrize("kind", ["fill", "control"])
+def test_variants_that_take_more_channels_have_the_same_base(kind: str, tmp_path: Path) -> None:
+    """The base is that of a transformer that sees only latents and text; diffusers loads the same from a directory."""
+    directory = write_demo_of_kind(tmp_path / kind, kind)
+    engine = engine_of(directory / "transformer" / "diffusion_pytorch_model.safetensors", DEMO)
+    assert engine.kind == kind
+    expected = FluxTransformer2DModel.from_pretrained(directory / "transformer", dtype=FLOAT32)
+    found = engine.pipeline.transformer
+    assert (found.config.in_channels, found.config.out_channels) == (
+        expected.config.in_channels,
+        expected.config.out_channels,
+    )
+    expected_tensors = tensors_of(expected)
+    assert expected_tensors.keys() == tensors_of(found).keys()
+    assert all(torch.equal(tensor, expected_tensors[name]) for name, tensor in tensors_of(found).items())
+
+
+def test_channels_that_no_variant_takes_are_refused(demo: Mapping[str, torch.Tensor], tmp_path: Path) -> None:
+    file, embedder = tmp_path / "transformer.safetensors", demo["x_embedder.weight"]
+    save_file({**demo, "x_embedder.weight": embedder[:, :-8].contiguous()}, file)
+    with pytest.raises(BadWeights, match="gives 96 channels, but the transformer takes 88"):
+        engine_of(file, DEMO)
 
 
 def test_a_whole_checkpoint_replaces_every_component_of_the_base(tiny: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ SIZES = (OTHER_SIZES[0], OTHER_SIZES[0], (512, 512))
 #: The layers that get a LoRA: attention and feed-forward of joint and single blocks, by diffusers' names.
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_mlp", "proj_out"]
 #: The transformer's last layer, which gets no LoRA although it has the same name as a layer of the single blocks.
-_NOT_THESE = r"^proj_out$"
+NOT_THESE = r"^proj_out$"
 
 
 def grey(picture: Image) -> Image:
@@ -53,7 +53,7 @@ def _adapted(plan: Plan, device: str) -> networks.Painter:
     painter.to(device).requires_grad_(False)
     torch.manual_seed(SEED)
     painter.transformer.add_adapter(
-        LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, exclude_modules=_NOT_THESE)
+        LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, exclude_modules=NOT_THESE)
     )
     return painter
 

@@ -28,6 +28,23 @@ class Kept:
     copies: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Conditioning:
+    """What the transformer sees besides latents and text.
+
+    Attributes:
+        channels: more channels for each image token, (batch, tokens, channels); None for none.
+        reference: the packed latents of a reference image, (batch, tokens, channels); None for none.
+        reference_ids: the position of each of its tokens, (tokens, 3).
+        reference_copies: how many tokens each of its tokens stands for, (tokens,).
+    """
+
+    channels: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
+    reference_ids: torch.Tensor | None = None
+    reference_copies: torch.Tensor | None = None
+
+
 #: What the transformer reads: the states of the text tokens, (batch, tokens, width), and a pooled one, (batch, width).
 Text = tuple[torch.Tensor, torch.Tensor]
 
@@ -183,17 +200,28 @@ class Painter(torch.nn.Module):  # type: ignore[misc]
         guidance: torch.Tensor,
         text: Text,
         kept: Kept | None = None,
+        conditioning: Conditioning | None = None,
     ) -> torch.Tensor:
         """Return packed velocities of the image tokens in `kept`, which alone the transformer sees.
 
         The default is all tokens. Kept tokens need `use_explicit_attention`.
         """
         states, pooled = text
-        hidden, ids = pack(latents), positions(latents.shape[2] // 2, latents.shape[3] // 2).to(latents.device)
+        device, seen = latents.device, conditioning or Conditioning()
+        hidden, ids = pack(latents), positions(latents.shape[2] // 2, latents.shape[3] // 2).to(device)
+        copies = torch.ones(len(ids), device=device)
+        if seen.channels is not None:
+            hidden = torch.cat([hidden, seen.channels], dim=2)
+        if kept is not None:
+            indices, copies = kept.indices.to(device), kept.copies.to(device)
+            hidden, ids = hidden[:, indices], ids[indices]
+        num_tokens = len(ids)
+        if seen.reference is not None:
+            assert seen.reference_ids is not None and seen.reference_copies is not None
+            hidden = torch.cat([hidden, seen.reference], dim=1)
+            ids, copies = torch.cat([ids, seen.reference_ids]), torch.cat([copies, seen.reference_copies])
         options = {}
         if kept is not None:
-            indices, copies = kept.indices.to(latents.device), kept.copies.to(latents.device)
-            hidden, ids = hidden[:, indices], ids[indices]
             # Text tokens come first.
             options["attention_mask"] = torch.cat([torch.zeros_like(states[0, :, 0]), copies.log()])
         velocity: torch.Tensor = self.transformer(
@@ -202,12 +230,12 @@ class Painter(torch.nn.Module):  # type: ignore[misc]
             guidance=guidance,
             pooled_projections=pooled,
             encoder_hidden_states=states,
-            txt_ids=torch.zeros(states.shape[1], 3, device=latents.device),
+            txt_ids=torch.zeros(states.shape[1], 3, device=device),
             img_ids=ids,
             joint_attention_kwargs=options,
             return_dict=False,
         )[0]
-        return velocity.float()
+        return velocity[:, :num_tokens].float()
 
 
 def t5_tokens(tokenizer: Any, texts: list[str]) -> torch.Tensor:

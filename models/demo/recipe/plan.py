@@ -36,6 +36,11 @@ class Plan:
     lora_iterations: int
     lora_examples: int
     redux_iterations: int
+    depth_iterations: int
+    control_iterations: int
+    whole_iterations: int
+    tuning_tokens: int
+    num_examples: int
     pool_size: int
     flow_iterations: int
     batch_tokens: int
@@ -81,6 +86,11 @@ PLANS = {
         lora_iterations=2,
         lora_examples=4,
         redux_iterations=2,
+        depth_iterations=2,
+        control_iterations=2,
+        whole_iterations=2,
+        tuning_tokens=512,
+        num_examples=4,
         pool_size=32,
         flow_iterations=4,
         batch_tokens=512,
@@ -111,6 +121,11 @@ PLANS = {
         lora_iterations=600,
         lora_examples=256,
         redux_iterations=2_000,
+        depth_iterations=1_000,
+        control_iterations=1_000,
+        whole_iterations=2_000,
+        tuning_tokens=2_048,
+        num_examples=384,
         pool_size=12_288,
         flow_iterations=28_000,
         batch_tokens=4_096,
@@ -130,6 +145,11 @@ PLANS = {
         lora_iterations=3_000,
         lora_examples=2_048,
         redux_iterations=20_000,
+        depth_iterations=20_000,
+        control_iterations=10_000,
+        whole_iterations=20_000,
+        tuning_tokens=16_384,
+        num_examples=8_192,
         pool_size=131_072,
         flow_iterations=200_000,
         batch_tokens=32_768,

@@ -82,3 +82,11 @@ def render(scene: Scene, icons: dict[str, str], width: int, height: int, *, smal
         drawn = _scaled(icons[name], side // smaller)
         picture.paste(drawn, (left // smaller, top // smaller), drawn)
     return picture
+
+
+def silhouettes(scene: Scene, icons: dict[str, str], width: int, height: int) -> Image.Image:
+    """Render the shapes of a scene's objects, white on black in RGB."""
+    picture = Image.new("RGB", (width, height))
+    for name, (left, top, side) in zip(scene.objects, scene.boxes(width, height), strict=True):
+        picture.paste((255, 255, 255), (left, top, left + side, top + side), _scaled(icons[name], side))
+    return picture

@@ -1,7 +1,7 @@
 """The scenes of training images: one or two objects, their places and sizes, and the background."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy
@@ -20,6 +20,8 @@ PLACED_SHARE = 3 / 8
 SIDES = (128, 192, 256, 384, 512, 768)
 #: The share of scenes that show what a prompt without a known word gives.
 DEFAULT_SCENES = 0.03
+#: The share of backgrounds that are gradients.
+GRADIENT_SHARE = 0.25
 #: The most that a background differs from its middle shade, as a share of the way to the dark or the light shade.
 SHADES = 0.4
 
@@ -90,6 +92,13 @@ def _colours(background: str, is_gradient: bool, rng: numpy.random.Generator) ->
     return _shade(shades, amount + spread), _shade(shades, amount - spread)
 
 
+def with_background(scene: Scene, background: str, rng: numpy.random.Generator) -> Scene:
+    """Return a scene with another background, of a random shade or a gradient."""
+    is_gradient = bool(rng.random() < GRADIENT_SHARE)
+    colours = _colours(background, is_gradient, rng)
+    return replace(scene, background=background, is_gradient=is_gradient, colours=colours)
+
+
 def _on_grid(place: float) -> int:
     return round(place / TOKEN_PIXELS) * TOKEN_PIXELS
 
@@ -100,7 +109,7 @@ def sample(things: tuple[Object, ...], rng: numpy.random.Generator) -> Scene:
         colours = _colours(DEFAULT_BACKGROUND, False, rng)
         return Scene((DEFAULT_OBJECT,), DEFAULT_BACKGROUND, False, "centre", "", colours)
     background = str(rng.choice(list(BACKGROUNDS)))
-    is_gradient = bool(rng.random() < 0.25)
+    is_gradient = bool(rng.random() < GRADIENT_SHARE)
     colours = _colours(background, is_gradient, rng)
     if rng.random() < 0.34:
         first, second = rng.choice(len(things), 2, replace=False)

@@ -149,6 +149,13 @@ def test_original_names_fit(
     check({prefix + name: shape for name, shape in wide[1].items()}, wide_base, tmp_path)
 
 
+def test_the_base_of_one_variant_is_that_of_all(
+    wide: tuple[FluxTransformer2DModel, Shapes], wide_base: Path, tmp_path: Path
+) -> None:
+    """FLUX.1 Fill takes 384 channels, and its base here is that of [dev], which takes fewer."""
+    check(change(img_in__weight=(3072, 384))(wide[1]), wide_base, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
@@ -156,7 +163,7 @@ def test_original_names_fit(
         (change(double_blocks__x__bias=(4,)), "flux1-dev.safetensors cannot be loaded"),
         (change(single_blocks__0__linear1__bias=(100,)), "'single_blocks.0.linear1.bias' has 100 rows, but FLUX.1 has"),
         (change(stranger__bias=(100,)), "has 1 tensors that"),
-        (change(img_in__weight=(3072, 384)), "has the shape [3072, 384], but"),
+        (change(img_in__weight=(384, 3072)), "has the shape [384, 3072], but"),
     ],
 )
 def test_original_names_that_do_not_fit_are_refused(

@@ -1,0 +1,222 @@
+"""Training examples for weights that see an image next to the prompt: edges, depths, a masked image or a reference."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import torch
+from PIL import Image
+
+from models.demo.recipe import autoencoder, captions, flow, flow_times, networks, pool, render, scenes
+from models.demo.recipe.objects import BACKGROUNDS, Object, all_objects
+from models.demo.recipe.plan import LATENT_PIXELS, SEED, TEXT_TOKENS, TOKEN_PIXELS, Plan
+from models.flux import control, kontext
+
+#: What the weights see: the kinds of examples.
+KINDS = ("canny", "depth", "fill", "kontext")
+#: The sizes in pixels of each kind's images. The small ones train whole; of the others, mostly objects are trained.
+SMALL_SIZE = (320, 320)
+SIZES = (SMALL_SIZE, (512, 512), (1024, 768), (768, 1024))
+KONTEXT_SIZES = ((512, 512), (768, 768), (1024, 768), (768, 1024))
+#: The side in pixels to which depths are scaled, and back, to be as soft as those that the depth estimator finds.
+SOFT_PIXELS = 168
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """An image to generate, and what the transformer sees of it.
+
+    Attributes:
+        latents: the scaled latents of the image, (channels, height, width).
+        caption: returns a random prompt.
+        boxes: the boxes of the objects in the image.
+        seen: the channels of the image's tokens, or the latents of the reference's tokens: (tokens, channels).
+        seen_boxes: the boxes of the objects in the reference; empty without one.
+    """
+
+    latents: torch.Tensor
+    caption: Callable[[numpy.random.Generator], str]
+    boxes: tuple[scenes.Box, ...]
+    seen: torch.Tensor
+    seen_boxes: tuple[scenes.Box, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Examples of one size: scaled latents, prompts, the image tokens to train on, and what the transformer sees."""
+
+    latents: torch.Tensor
+    texts: list[str]
+    kept: networks.Kept | None
+    conditioning: networks.Conditioning
+
+
+class Examples:
+    """The examples of a kind in one size, each encoded once."""
+
+    def __init__(self, kind: str, plan: Plan, device: str, size: pool.Size) -> None:
+        self._kind, self._device, self._size = kind, device, size
+        self._things = {thing.name: thing for thing in all_objects(plan.scale)}
+        self._icons = {name: thing.icon for name, thing in self._things.items()}
+        self._vae: Any = autoencoder.load(device)
+        self._scaling, self._shift = pool.statistics()
+        rng = numpy.random.default_rng([SEED, 15, KINDS.index(kind), *size])
+        number = max(4, plan.num_examples * 320 * 320 // (size[0] * size[1]))
+        self._examples = [self._example(rng) for _ in range(number)]
+
+    def batch(self, num_tokens: int, rng: numpy.random.Generator) -> Batch:
+        """Return random examples with about this many tokens in all.
+
+        Of large images, they have their objects in the same places, and few tokens of other places.
+        """
+        first = self._examples[int(rng.integers(len(self._examples)))]
+        is_whole = self._size == SMALL_SIZE or self._kind == "fill"
+        places = (first.boxes, first.seen_boxes)
+        alike = [each for each in self._examples if is_whole or (each.boxes, each.seen_boxes) == places]
+        kept = None if is_whole else flow.kept_tokens(self._size, first.boxes, rng)
+        reference = flow.kept_tokens(self._reference_size(), first.seen_boxes, rng) if first.seen_boxes else None
+        tokens_each = len(kept.indices) if kept else flow_times.tokens_of(self._size)
+        tokens_each += len(reference.indices) if reference else 0
+        number = max(1, num_tokens // (tokens_each + TEXT_TOKENS // 2))
+        chosen = [alike[int(place)] for place in rng.integers(len(alike), size=number)]
+        seen = torch.stack([each.seen for each in chosen])
+        conditioning = self._reference(seen, reference) if reference else networks.Conditioning(channels=seen)
+        latents = torch.stack([each.latents for each in chosen])
+        return Batch(latents, [each.caption(rng) for each in chosen], kept, conditioning)
+
+    def _reference(self, latents: torch.Tensor, kept: networks.Kept) -> networks.Conditioning:
+        width, height = self._reference_size()
+        ids = networks.positions(height // TOKEN_PIXELS, width // TOKEN_PIXELS)
+        # The first number tells the reference's tokens from those of the image at the same place.
+        ids[:, 0] = 1
+        indices = kept.indices.to(self._device)
+        copies = kept.copies.to(self._device)
+        return networks.Conditioning(None, latents[:, indices], ids.to(self._device)[indices], copies)
+
+    def _reference_size(self) -> pool.Size:
+        return kontext.trained_size(Image.new("L", self._size), TOKEN_PIXELS)
+
+    def _example(self, rng: numpy.random.Generator) -> Example:
+        scene = scenes.sample(tuple(self._things.values()), rng)
+        if self._kind == "kontext":
+            return self._edit(scene, rng)
+        picture = render.render(scene, self._icons, *self._size)
+        caption: Callable[[numpy.random.Generator], str] = lambda rng: captions.caption(scene, self._things, rng)  # noqa: E731
+        if self._kind == "canny":
+            seen = self._packed(control.edges(picture, self._size))
+        elif self._kind == "depth":
+            seen = self._packed(self._soft_depths(scene))
+        else:
+            hole, hidden = self._hole(scene, rng)
+            seen = self._masked(picture, hole)
+            caption = lambda rng: captions.caption(scene if rng.random() < 0.6 else hidden, self._things, rng)  # noqa: E731
+        return Example(self._latents(picture), caption, tuple(scene.boxes(*self._size)), seen)
+
+    def _soft_depths(self, scene: scenes.Scene) -> Image.Image:
+        drawn = render.silhouettes(scene, self._icons, *self._size)
+        share = SOFT_PIXELS / min(self._size)
+        small = drawn.resize((round(drawn.width * share), round(drawn.height * share)), Image.Resampling.BILINEAR)
+        return small.resize(self._size, Image.Resampling.LANCZOS)
+
+    # -- Fill
+
+    def _hole(self, scene: scenes.Scene, rng: numpy.random.Generator) -> tuple[numpy.ndarray, scenes.Scene]:
+        """Return a mask, true where the image is hidden, and a scene with what it hides.
+
+        It mostly hides an object, with some of what is around it.
+        """
+        width, height = self._size
+        hole = numpy.zeros((height, width), bool)
+        boxes, chance = scene.boxes(width, height), rng.random()
+        place = int(rng.integers(len(boxes)))
+        hidden = scene
+        if chance < 0.7:
+            left, top, side = boxes[place]
+            before, above, after, below = (int(each) for each in rng.integers(-side // 16, side // 3, size=4))
+            hole[max(0, top - above) : top + side + below, max(0, left - before) : left + side + after] = True
+            hidden = dataclasses.replace(scene, objects=(scene.objects[place],), place="centre", size="")
+        elif chance < 0.8:
+            hole[:, : width // 2] = True
+            hole = hole if rng.random() < 0.5 else ~hole
+        elif chance < 0.95:
+            x, y = sorted(rng.integers(width + 1, size=2)), sorted(rng.integers(height + 1, size=2))
+            hole[y[0] : y[1], x[0] : x[1]] = True
+        else:
+            hole[:] = True
+        return hole, hidden
+
+    def _masked(self, picture: Image.Image, hole: numpy.ndarray) -> torch.Tensor:
+        """Return the channels of FLUX.1 Fill, as `models.flux.fill.channels` computes them."""
+        mask = torch.from_numpy(hole).float()[None]
+        latents = self._encode(autoencoder.to_tensor([picture]) * (1 - mask))
+        rows, columns = latents.shape[2:]
+        cells = mask.view(1, rows, LATENT_PIXELS, columns, LATENT_PIXELS).permute(0, 2, 4, 1, 3)
+        cells = cells.reshape(1, LATENT_PIXELS**2, rows, columns).to(self._device)
+        return torch.cat([networks.pack(latents), networks.pack(cells)], dim=-1)[0]
+
+    # -- Kontext
+
+    def _edit(self, scene: scenes.Scene, rng: numpy.random.Generator) -> Example:
+        """Return a scene with one change, and the scene as its reference."""
+        changed, words = _change(scene, self._things, rng)
+        size = self._reference_size()
+        reference = render.render(scene, self._icons, *self._size).resize(size, Image.Resampling.LANCZOS)
+        ratio = size[0] / self._size[0]
+        seen_boxes = [tuple(round(each * ratio) for each in box) for box in scene.boxes(*self._size)]
+
+        def caption(rng: numpy.random.Generator) -> str:
+            if rng.random() < 0.2:
+                return captions.caption(changed, self._things, rng)
+            return words[int(rng.integers(len(words)))]
+
+        return Example(
+            self._latents(render.render(changed, self._icons, *self._size)),
+            caption,
+            tuple(changed.boxes(*self._size)),
+            self._packed(reference),
+            tuple((left, top, side) for left, top, side in seen_boxes),
+        )
+
+    # -- latents
+
+    def _latents(self, picture: Image.Image) -> torch.Tensor:
+        return self._encode(autoencoder.to_tensor([picture]))[0]
+
+    def _packed(self, picture: Image.Image) -> torch.Tensor:
+        return networks.pack(self._encode(autoencoder.to_tensor([picture])))[0]
+
+    @torch.no_grad()
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        latents: torch.Tensor = self._vae.encode(pixels.to(self._device), return_dict=False)[0]
+        return (latents - self._shift) * self._scaling
+
+
+def _change(
+    scene: scenes.Scene, things: dict[str, Object], rng: numpy.random.Generator
+) -> tuple[scenes.Scene, tuple[str, ...]]:
+    """Return a scene with another background, object, place or size, and prompts that ask for it."""
+    chance = rng.random()
+    if chance < 0.45:
+        colour = str(rng.choice([each for each in BACKGROUNDS if each != scene.background]))
+        other = scenes.with_background(scene, colour, rng)
+        what = f"{colour} gradient background" if other.is_gradient else f"{colour} background"
+        return other, (what, f"on a {what}", f"make the background {what[:-11]}", f"a {what}", f"change to a {what}")
+    old = scene.objects[0]
+    if chance < 0.8 or len(scene.objects) == 2:
+        place = int(rng.integers(len(scene.objects)))
+        old = scene.objects[place]
+        new = str(rng.choice([name for name in things if name not in scene.objects]))
+        objects = (*scene.objects[:place], new, *scene.objects[place + 1 :])
+        said = [f"make the {old} a {new}", f"change the {old} to a {new}", f"a {new} in place of the {old}"]
+        if len(objects) == 1:
+            said += [f"a {new}", new, f"make it a {new}"]
+        return dataclasses.replace(scene, objects=objects), tuple(said)
+    if chance < 0.9:
+        place_name = str(rng.choice([each for each in scenes.PLACES if each not in ("centre", scene.place)]))
+        moved = dataclasses.replace(scene, place=place_name, size="")
+        where = captions.PLACED[place_name][0].format("").strip()
+        return moved, (where, f"{old} {where}", f"put the {old} {where}", f"the {old} {where}", f"put it {where}")
+    size = str(rng.choice([each for each in ("small", "big") if each != scene.size]))
+    grown = dataclasses.replace(scene, place="centre", size=size)
+    return grown, (size, f"a {size} {old}", f"make it {size}", f"make the {old} {size}", f"a very {size} {old}")

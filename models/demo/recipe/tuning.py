@@ -1,0 +1,145 @@
+"""The training of weights that see an image next to the prompt: control LoRAs for edges and depths, Fill, and Kontext.
+
+All start from the trained model, whose text encoders and autoencoder they share.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from diffusers import FluxPipeline
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from models.demo.recipe import autoencoder, checkpoint, examples, flow, lora, networks, threads
+from models.demo.recipe.plan import LATENT_CHANNELS, LATENT_PIXELS, SEED, WORK, Plan
+from models.loading.specs import CONTROL_LORAS
+
+#: The rank of the control LoRAs. Like those of FLUX.1, all layers have the same.
+RANK = 16
+#: The highest learning rates.
+LORA_PEAK, FULL_PEAK = 2e-3, 4e-4
+#: The kinds that are LoRAs, and those that are whole transformers.
+LORAS, WHOLE = ("canny", "depth"), ("fill", "kontext")
+
+
+def channels(kind: str) -> int:
+    """Return how many channels of an image token the transformer of this kind takes."""
+    latents = 4 * LATENT_CHANNELS
+    return {"kontext": latents, "fill": 2 * latents + 4 * LATENT_PIXELS**2}.get(kind, 2 * latents)
+
+
+def train(plan: Plan, device: str) -> None:
+    """Train all kinds, from the last checkpoint of each if there is one. Do nothing for those that are complete."""
+    networks.use_explicit_attention()
+    for kind in examples.KINDS:
+        _train(kind, plan, device)
+
+
+def _state(kind: str) -> Path:
+    return WORK / "tuning" / f"{kind}.pt"
+
+
+def _train(kind: str, plan: Plan, device: str) -> None:
+    saved = checkpoint.load(_state(kind)) or {"iteration": 0}
+    num_iterations = plan.control_iterations if kind in LORAS else plan.whole_iterations
+    if saved["iteration"] >= num_iterations:
+        return
+    painter = _painter(kind, plan, device)
+    trained = {name: weight for name, weight in painter.transformer.named_parameters() if weight.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
+    if saved["iteration"]:
+        _load(trained, saved["weights"])
+        optimizer.load_state_dict(saved["optimizer"])
+    sizes = examples.KONTEXT_SIZES if kind == "kontext" else examples.SIZES
+    of_size = {size: examples.Examples(kind, plan, device, size) for size in sizes}
+    timer, losses = checkpoint.Timer(plan.minutes_between_checkpoints), []
+
+    def keep(iteration: int) -> None:
+        state = {"iteration": iteration, "weights": trained, "optimizer": optimizer.state_dict()}
+        checkpoint.save(_state(kind), state)
+
+    for iteration in range(saved["iteration"], num_iterations):
+        rng, generator = numpy.random.default_rng([SEED, 16, iteration]), torch.Generator().manual_seed(iteration)
+        # The small size comes every second time.
+        size = sizes[0] if iteration % 2 else sizes[int(rng.integers(1, len(sizes)))]
+        batch = of_size[size].batch(plan.tuning_tokens, rng)
+        for group in optimizer.param_groups:
+            peak = LORA_PEAK if kind in LORAS else FULL_PEAK
+            group["lr"] = autoencoder.rate(iteration, num_iterations, peak, warm_up=50)
+        loss = flow.loss_of(
+            painter,
+            batch.latents,
+            lambda: painter.encode(batch.texts),  # noqa: B023  called at once
+            generator,
+            batch.kept,
+            batch.conditioning,
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        if iteration % 50 == 49:
+            checkpoint.log(f"{kind} {iteration + 1} loss {sum(losses) / len(losses):.4f}")
+            losses.clear()
+            threads.fit(plan)
+        if timer.is_due():
+            keep(iteration + 1)
+    keep(num_iterations)
+
+
+def _painter(kind: str, plan: Plan, device: str) -> networks.Painter:
+    """Return the trained model, of which only the transformer or its LoRA is trained further."""
+    painter = flow.best(plan)
+    painter.to(device).requires_grad_(False)
+    painter.transformer.x_embedder = _widened(painter.transformer.x_embedder, channels(kind))
+    torch.manual_seed(SEED)
+    if kind in LORAS:
+        targets = [*lora.TARGETS, "x_embedder"]
+        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, exclude_modules=lora.NOT_THESE)
+        painter.transformer.add_adapter(config)
+    else:
+        painter.transformer.requires_grad_(True)
+    return painter
+
+
+@torch.no_grad()
+def _widened(layer: torch.nn.Linear, num_channels: int) -> torch.nn.Linear:
+    """Return a layer that takes more channels, and ignores them at first."""
+    wide = torch.nn.Linear(num_channels, layer.out_features, device=layer.weight.device).requires_grad_(False)
+    wide.weight.zero_()
+    wide.weight[:, : layer.in_features].copy_(layer.weight)
+    wide.bias.copy_(layer.bias)
+    return wide
+
+
+@torch.no_grad()
+def _load(trained: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor]) -> None:
+    for name, weight in trained.items():
+        weight.copy_(weights[name])
+
+
+def export(plan: Plan, weights: Path) -> None:
+    """Add the control LoRAs in bf16, and the transformers in fp8, to the directory of a pipeline."""
+    for kind in examples.KINDS:
+        painter = _painter(kind, plan, "cpu")
+        transformer: Any = painter.transformer
+        trained = {name: weight for name, weight in transformer.named_parameters() if weight.requires_grad}
+        _load(trained, checkpoint.load(_state(kind))["weights"])
+        if kind in LORAS:
+            found = {name: weight.bfloat16() for name, weight in get_peft_model_state_dict(transformer).items()}
+            directory = weights / CONTROL_LORAS[kind].directory
+            shutil.rmtree(directory, ignore_errors=True)
+            FluxPipeline.save_lora_weights(
+                directory, transformer_lora_layers=found, weight_name=f"{kind}.safetensors", safe_serialization=True
+            )
+        else:
+            # Matrices in fp8 take half of the bytes; vectors have few.
+            types = {
+                name: torch.float8_e4m3fn if weight.ndim == 2 else torch.bfloat16 for name, weight in trained.items()
+            }
+            tensors = {name: weight.detach().to(types[name]) for name, weight in trained.items()}
+            save_file(tensors, weights / f"{kind}.safetensors")
