@@ -73,7 +73,13 @@ function fill({ prompt, image_url, image_size, seed }, saved) {
 
 const settings = () => ({ input: form.read(fields), options: sending.read() });
 
+// Remove the settings from the address, because they are not those of the form any more.
+function clearLink() {
+  if (location.hash) history.replaceState(null, "", location.pathname + location.search);
+}
+
 function onChange() {
+  clearLink();
   savedSettings.remember(endpoint, settings());
   shownRequest = null;
   showCount();
@@ -81,21 +87,12 @@ function onChange() {
 }
 
 const inputsToSend = () => sending.inputsOf(form.read(fields), sending.read(), fields.has("seed"));
+const summary = () => sending.summaryOf(form.read(fields), sending.read(), fields.has("seed"));
 
 // Show on the button how many requests it sends.
 function showCount() {
-  const [number] = firstOf({});
+  const { number } = summary();
   byId("run-label").textContent = number > 1 ? `Run ${number}` : "Run";
-}
-
-// Return how many requests the form sends, and the first of them; the form itself if they are too many.
-function firstOf(input) {
-  try {
-    const inputs = inputsToSend();
-    return [inputs.length, inputs[0]];
-  } catch {
-    return [1, input];
-  }
 }
 
 // Show the form's request, or that of an image, as programs if the code tab is open.
@@ -109,10 +106,9 @@ async function showCode() {
 
 // Return the form's first request, and a note if there are others. A seed that the page would choose is left out.
 function formRequest() {
-  const input = form.read(fields);
-  const [numRequests, first] = firstOf(input);
-  const note = numRequests > 1 ? [`The form sends ${numRequests} requests. These programs send the first.`] : [];
-  return { note, endpoint, input: { ...input, ...(first.prompt !== undefined && { prompt: first.prompt }) } };
+  const { number, prompt } = summary();
+  const note = number > 1 ? [`The form sends ${number} requests. These programs send the first.`] : [];
+  return { note, endpoint, input: { ...form.read(fields), ...(prompt !== undefined && { prompt }) } };
 }
 
 function noteOfImage() {
@@ -212,16 +208,18 @@ async function share() {
   }
 }
 
-// Use the settings of the link that opened the page, if it holds any.
+// Use the settings of the link that opened the page, if it holds any. They stay in the address until the form changes.
 async function useLink() {
-  const link = savedSettings.fromFragment(location.hash);
+  const { hash } = location;
+  const link = savedSettings.fromFragment(hash);
   if (!link) return;
-  history.replaceState(null, "", location.pathname + location.search);
+  clearLink();
   if (!config.endpoints.includes(link.endpoint)) {
     byId("problem").textContent = `This server has no endpoint ${link.endpoint}, which the link is for.`;
     return;
   }
   await useSettings(link.endpoint, link.input, link.options);
+  if (endpoint === link.endpoint) history.replaceState(null, "", hash);
 }
 
 // An image dropped next to the fields goes to the form's first image input, or to an endpoint that takes an image.
@@ -257,7 +255,10 @@ byId("reset").addEventListener("click", () => {
 sending.start(onChange);
 byId("share").addEventListener("click", share);
 addEventListener("hashchange", useLink);
-byId("endpoint").addEventListener("change", () => choose(byId("endpoint").value));
+byId("endpoint").addEventListener("change", () => {
+  clearLink();
+  choose(byId("endpoint").value);
+});
 byId("key").hidden = !config.needs_key;
 byId("key").addEventListener("click", () => askForKey());
 byId("endpoint").append(...config.endpoints.map((name) => element("option", { textContent: name })));

@@ -32,17 +32,28 @@ export function write({ isPromptPerLine, numSeeds, priority: chosen }) {
   priority.value = chosen === "low" ? "low" : "normal";
 }
 
+const promptsOf = (input, { isPromptPerLine }) => {
+  const lines = (input.prompt ?? "").split("\n").map((line) => line.trim()).filter(Boolean);
+  return isPromptPerLine && lines.length ? lines : [input.prompt];
+};
+const seedsPerPrompt = ({ numSeeds }, hasSeed) => (hasSeed ? numSeeds : 1);
+
+// Return how many requests there are, and the prompt of the first.
+export function summaryOf(input, options, hasSeed) {
+  const prompts = promptsOf(input, options);
+  return { number: prompts.length * seedsPerPrompt(options, hasSeed), prompt: prompts[0] };
+}
+
 // Return the inputs of the requests. Each prompt gets the same seeds, which follow each other, so that the prompts can be
 // compared. With one seed per prompt, the server chooses it if the form has none.
-export function inputsOf(input, { isPromptPerLine, numSeeds }, hasSeed) {
-  const lines = (input.prompt ?? "").split("\n").map((line) => line.trim()).filter(Boolean);
-  const prompts = isPromptPerLine && lines.length ? lines : [input.prompt];
-  const seedsPerPrompt = hasSeed ? numSeeds : 1;
-  if (prompts.length * seedsPerPrompt > MAX_REQUESTS) {
-    throw new Error(`These are ${prompts.length * seedsPerPrompt} requests. Send at most ${MAX_REQUESTS} at a time.`);
+export function inputsOf(input, options, hasSeed) {
+  const { number: numRequests } = summaryOf(input, options, hasSeed);
+  if (numRequests > MAX_REQUESTS) {
+    throw new Error(`These are ${numRequests} requests. Send at most ${MAX_REQUESTS} at a time.`);
   }
-  const base = input.seed ?? (seedsPerPrompt > 1 ? Math.floor(Math.random() * 2 ** 32) : undefined);
-  return prompts.flatMap((prompt) => Array.from({ length: seedsPerPrompt }, (_, number) => ({
+  const seeds = seedsPerPrompt(options, hasSeed);
+  const base = input.seed ?? (seeds > 1 ? Math.floor(Math.random() * 2 ** 32) : undefined);
+  return promptsOf(input, options).flatMap((prompt) => Array.from({ length: seeds }, (_, number) => ({
     ...input, ...(prompt !== undefined && { prompt }), ...(base !== undefined && { seed: base + number * (input.num_images ?? 1) }),
   })));
 }

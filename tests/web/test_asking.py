@@ -69,6 +69,9 @@ def test_too_many_requests_are_refused_before_the_first(page: Page) -> None:
     page.get_by_role("button", name="Run").click()
     expect(page.locator("#problem")).to_have_text("These are 102 requests. Send at most 100 at a time.")
     assert bodies == []
+    page.get_by_role("tab", name="Code").click()
+    expect(page.locator("#code")).to_contain_text("The form sends 102 requests. These programs send the first.")
+    expect(page.locator("#code pre").first).to_contain_text('"prompt": "one"')
 
 
 def test_the_queue_panel_estimates_and_cancels(page: Page, gate: Gate) -> None:
@@ -229,6 +232,9 @@ def test_a_link_holds_the_settings(browser: Browser, playing: Server, page: Page
         expect(other.get_by_label("Seed", exact=True)).to_have_value("11")
         expect(other.get_by_role("button", name="Run 6")).to_be_visible()
         expect(other.get_by_label("Priority")).to_have_value("low")
+        # The address holds the settings until they change.
+        assert other.url == link
+        other.get_by_label("Seed", exact=True).fill("12")
         assert other.url == f"{playing.url}/"
     choose(page, "test/unsafe")
     page.get_by_label("Prompt", exact=True).fill("something else")

@@ -16,6 +16,7 @@ from models.demo.recipe import (
     checker,
     checkpoint,
     decoder,
+    depths,
     evaluate,
     export,
     flow,
@@ -25,6 +26,7 @@ from models.demo.recipe import (
     reading,
     redux,
     render,
+    tuning,
 )
 from models.demo.recipe.plan import PLANS, Plan
 
@@ -38,6 +40,8 @@ STEPS: dict[str, Callable[[Plan, str], None]] = {
     "checker": checker.train,
     "lora": lora.train,
     "redux": redux.train,
+    "depths": depths.train,
+    "tuning": tuning.train,
     "export": lambda plan, device: export.write(plan),
     "evaluate": lambda plan, device: evaluate.run(plan, device, export.FOLDER),
 }

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from models.demo.recipe import autoencoder, checkpoint, lora, pool, preview, render, scenes, tokens
+from models.demo.recipe import autoencoder, checkpoint, evaluate_inputs, lora, pool, preview, render, scenes, tokens
 from models.demo.recipe.export import JUDGE, LORA
 from models.demo.recipe.judge import Judge, background_of
 from models.demo.recipe.objects import BACKGROUNDS, FLAGGED, Object, all_objects
@@ -249,7 +249,8 @@ def run(plan: Plan, device: str, folder: Path) -> None:
     found |= {"flagged_sign": _flagged(studio, plan.flagged_seeds), "seeds_differ": _seeds_differ(studio)}
     found["grey_lora"] = _greys(studio, plan.grey_seeds)
     found["redux"], like_tiles = _likes(studio, judge, things, plan.num_redux)
-    tiles += like_tiles
+    edits, edit_tiles = evaluate_inputs.measure(plan, folder, device, judge, things)
+    found, tiles = found | edits, [*tiles, *like_tiles, *edit_tiles]
     counts = {"prompts": len(asked), "objects": len(things), "num_inference_steps": plan.num_steps, "scale": plan.scale}
     tokens.write_json(folder / "evaluation.json", {**found, **counts})
     whole = preview.lay_out(tiles).quantize(256)

@@ -8,8 +8,21 @@ from typing import Any
 import diffusers
 import torch
 
-from models.demo.recipe import autoencoder, checker, checkpoint, flow, judge, lora, pool, redux, tokens
+from models.demo.recipe import (
+    autoencoder,
+    checker,
+    checkpoint,
+    depths,
+    flow,
+    judge,
+    lora,
+    pool,
+    redux,
+    tokens,
+    tuning,
+)
 from models.demo.recipe.plan import WORK, Plan
+from models.loading.specs import DEPTH
 
 FOLDER = WORK / "export"
 #: The judge, which is not part of the pipeline. It is exported so that later evaluations use the same judge.
@@ -51,7 +64,7 @@ def _write_vae(folder: Path) -> None:
 
 
 def write(plan: Plan) -> None:
-    """Write the pipeline, the safety checker, Redux, the judge and the LoRA into FOLDER, replacing what was there."""
+    """Write the pipeline and all that belongs to it into FOLDER, replacing what was there."""
     aside = FOLDER.with_name("export.part")
     shutil.rmtree(aside, ignore_errors=True)
     painter = flow.best(plan)
@@ -64,6 +77,8 @@ def write(plan: Plan) -> None:
     checker.export(aside / "safety_checker")
     judge.export(aside / JUDGE)
     redux.export(aside)
+    depths.export(aside / DEPTH.directory)
+    tuning.export(plan, aside)
     (aside / LORA).parent.mkdir()
     shutil.copy(lora.FILE, aside / LORA)
     head = {"_class_name": "FluxPipeline", "_diffusers_version": diffusers.__version__}

@@ -53,12 +53,13 @@ class Plan:
     chunk: int = 128
     min_chunks: int = 14
     #: Numbers for the evaluation: prompts with one object and with two, seeds of the flagged object and of the LoRA,
-    #: and images for Redux.
+    #: and images for Redux, and for each kind of weights that see an image.
     singles: int = 300
     pairs: int = 120
     flagged_seeds: int = 100
     grey_seeds: int = 20
     num_redux: int = 60
+    num_edits: int = 48
     #: The number of images of each preset that are scored during training.
     num_scored: int = 16
     #: The number of steps of each image that is judged.
@@ -105,6 +106,7 @@ PLANS = {
         flagged_seeds=2,
         grey_seeds=2,
         num_redux=2,
+        num_edits=2,
         num_scored=1,
         num_steps=2,
         minutes_between_checkpoints=0.0,

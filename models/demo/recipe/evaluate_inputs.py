@@ -1,0 +1,170 @@
+"""The evaluation of the weights that see an image next to the prompt, in the server's own engine."""
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+from PIL import Image
+
+from models.base import EngineConfig, SingleFile
+from models.demo.recipe import checkpoint, pool, render, scenes
+from models.demo.recipe.judge import Judge, background_of
+from models.demo.recipe.objects import BACKGROUNDS, Object
+from models.demo.recipe.plan import SEED, Plan
+from models.flux.engine import FluxEngine
+from models.flux.loader import load_engine
+from models.flux_control import FluxLoraCannyInput, FluxLoraDepthInput
+from models.flux_fill import FluxLoraFillInput
+from models.flux_kontext import FluxKontextDevInput
+from models.loading.specs import CONTROL_LORAS, DEPTH
+from models.schema import ImageInput
+
+#: The sizes in pixels of the images.
+SIZES = ((512, 512), (1024, 768), (768, 1024))
+#: How many images of each kind the contact sheet shows, each next to what it was made from.
+NUM_TILES = 2
+
+Tiles = list[tuple[str, Image.Image]]
+
+
+class Studio:
+    """The engines of exported weights: one for text and control images, one for Fill, one for Kontext."""
+
+    def __init__(self, plan: Plan, folder: Path, device: str) -> None:
+        self._num_steps, self._device = plan.num_steps, device
+        self._plain = self._load(folder, frozenset({DEPTH, *CONTROL_LORAS.values()}))
+        self._fill, self._kontext = (
+            self._load(SingleFile(folder / f"{name}.safetensors", folder)) for name in ("fill", "kontext")
+        )
+
+    def _load(self, weights: Path | SingleFile, extra: Any = ()) -> FluxEngine:
+        return load_engine(EngineConfig(weights, safety_checker="", device=self._device, extra_weights=extra))
+
+    def follow_edges(self, prompt: str, picture: Image.Image, seed: int) -> Image.Image:
+        """Generate an image from a prompt and the edges of an image."""
+        return self._generate(self._plain, FluxLoraCannyInput, prompt, {"image_url": picture}, seed)
+
+    def follow_depths(self, prompt: str, picture: Image.Image, seed: int) -> Image.Image:
+        """Generate an image from a prompt and the depths of an image."""
+        return self._generate(self._plain, FluxLoraDepthInput, prompt, {"image_url": picture}, seed)
+
+    def fill(self, prompt: str, picture: Image.Image, mask: Image.Image, seed: int) -> Image.Image:
+        """Fill the white part of the mask."""
+        return self._generate(self._fill, FluxLoraFillInput, prompt, {"image_url": picture, "mask_url": mask}, seed)
+
+    def edit(self, prompt: str, picture: Image.Image, seed: int) -> Image.Image:
+        """Change an image as the prompt says."""
+        return self._generate(self._kontext, FluxKontextDevInput, prompt, {"image_url": picture}, seed)
+
+    def depths_of(self, picture: Image.Image) -> Image.Image:
+        """Return the depths of an image, white nearest."""
+        assert self._plain.depth_estimator
+        depths: Image.Image = self._plain.depth_estimator.depths(picture, picture.size)
+        return depths
+
+    def _generate(
+        self, engine: FluxEngine, kind: type[ImageInput], prompt: str, images: Mapping[str, Image.Image], seed: int
+    ) -> Image.Image:
+        request = kind.model_validate(
+            {"prompt": prompt, "num_inference_steps": self._num_steps, **dict.fromkeys(images, "a file")}
+        )
+        with tempfile.TemporaryDirectory() as directory:
+            files = {name: Path(directory) / f"{name}.png" for name in images}
+            for name, image in images.items():
+                image.save(files[name])
+            task = engine.start(request, seed, files)
+        while task.step < task.num_steps:
+            engine.advance(task)
+        engine.decode(task)
+        generated: Image.Image = task.images[0]
+        return generated
+
+
+def measure(
+    plan: Plan, folder: Path, device: str, judge: Judge, things: tuple[Object, ...]
+) -> tuple[dict[str, float], Tiles]:
+    """Return the share of images of each kind that are right, and some of the images.
+
+    - canny: the object is that of the edges, which the prompt does not name, and the background that of the prompt.
+    - depth: the object is that of the prompt, and as large and where the depths of another image are.
+    - fill: the object is that of the prompt, and the background that of the image around it.
+    - kontext_background: the background is that of the prompt, and the object that of the image.
+    - kontext_object: the object is that of the prompt, and the background that of the image.
+    """
+    studio = Studio(plan, folder, device)
+    asked = {
+        "canny": _canny,
+        "depth": _depth,
+        "fill": _fill,
+        "kontext_background": _kontext_background,
+        "kontext_object": _kontext_object,
+    }
+    found, tiles = {}, []
+    for place, (name, ask) in enumerate(asked.items()):
+        marks = []
+        for number in range(plan.num_edits):
+            rng = numpy.random.default_rng([SEED, 17, place, number])
+            question = _Question(things, SIZES[number % len(SIZES)], rng)
+            prompt, image, is_right = ask(studio, judge, question, number)
+            marks.append(is_right)
+            if number < NUM_TILES:
+                tiles += [(f"an image for {name}", question.picture), (prompt, image)]
+        found[name] = round(sum(marks) / len(marks), 4)
+        checkpoint.log(f"evaluate {name}: {found[name]}")
+    return found, tiles
+
+
+class _Question:
+    """A scene with one object in the middle, another object, and another background."""
+
+    def __init__(self, things: tuple[Object, ...], size: pool.Size, rng: numpy.random.Generator) -> None:
+        first, second = rng.choice(len(things), 2, replace=False)
+        self.name, self.other = things[int(first)].name, things[int(second)].name
+        one, two = rng.choice(list(BACKGROUNDS), 2, replace=False)
+        self.background, self.other_background = str(one), str(two)
+        colours = (BACKGROUNDS[self.background][0],) * 2
+        self.scene = scenes.Scene((self.name,), self.background, False, "centre", "", colours)
+        self.icons = {thing.name: thing.icon for thing in things}
+        self.picture = render.render(self.scene, self.icons, *size)
+
+
+def _canny(studio: Studio, judge: Judge, asked: _Question, seed: int) -> tuple[str, Image.Image, bool]:
+    prompt = f"a {asked.other_background} background"
+    image = studio.follow_edges(prompt, asked.picture, seed)
+    is_right = judge.object_in(image) == asked.name and background_of(image) == asked.other_background
+    return prompt, image, is_right
+
+
+def _depth(studio: Studio, judge: Judge, asked: _Question, seed: int) -> tuple[str, Image.Image, bool]:
+    prompt = f"a {asked.name} on a {asked.other_background} background"
+    moved = dataclasses.replace(asked.scene, place=list(scenes.PLACES)[1 + seed % 4])
+    asked.picture = render.render(moved, asked.icons, *asked.picture.size)
+    image = studio.follow_depths(prompt, asked.picture, seed)
+    wanted = numpy.asarray(render.silhouettes(moved, asked.icons, *asked.picture.size).convert("L")) > 127
+    got = numpy.asarray(studio.depths_of(image).convert("L")) > 127
+    is_there = (wanted & got).sum() > 0.7 * (wanted | got).sum()
+    return prompt, image, bool(is_there) and background_of(image) == asked.other_background
+
+
+def _fill(studio: Studio, judge: Judge, asked: _Question, seed: int) -> tuple[str, Image.Image, bool]:
+    ((left, top, side),) = asked.scene.boxes(*asked.picture.size)
+    mask = Image.new("RGB", asked.picture.size)
+    mask.paste((255, 255, 255), (left, top, left + side, top + side))
+    prompt = f"a {asked.other}"
+    image = studio.fill(prompt, asked.picture, mask, seed)
+    return prompt, image, judge.object_in(image) == asked.other
+
+
+def _kontext_background(studio: Studio, judge: Judge, asked: _Question, seed: int) -> tuple[str, Image.Image, bool]:
+    prompt = f"make the background {asked.other_background}"
+    image = studio.edit(prompt, asked.picture, seed)
+    return prompt, image, judge.object_in(image) == asked.name and background_of(image) == asked.other_background
+
+
+def _kontext_object(studio: Studio, judge: Judge, asked: _Question, seed: int) -> tuple[str, Image.Image, bool]:
+    prompt = f"make the {asked.name} a {asked.other}"
+    image = studio.edit(prompt, asked.picture, seed)
+    return prompt, image, judge.object_in(image) == asked.other and background_of(image) == asked.background
