@@ -2,6 +2,7 @@
 # make test    lint, types and tests
 # make cluster tests that kill runners and nodes of a Ray cluster on this machine
 # make peers   compares this server with FastAPI, LitServe and BentoML, in four minutes
+# make quantized    the tests of weights in 8 and 4 bits, with torchao, SDNQ and quanto
 # make cuda-proof   what can be shown of CUDA without a GPU, with a PyTorch for CUDA of its own (5 GB)
 # make release   builds the packages of the last commit into dist/, and tries every way to install them
 # make generators   generates clients from the OpenAPI documents, and images with each; needs npm and a Java runtime
@@ -33,7 +34,7 @@ export ATEN_CPU_CAPABILITY := avx2
 export MKL_ENABLE_INSTRUCTIONS := AVX2
 endif
 
-.PHONY: serve test soak cluster test-all lint bench peers cuda-proof generators release demo demo-eval clean
+.PHONY: serve test soak cluster test-all lint bench peers quantized cuda-proof generators release demo demo-eval clean
 
 serve: .venv/serve.done
 	$(BIN)/flux-server serve demo $(ARGS)
@@ -79,7 +80,7 @@ peers: .venv/dev.done build/peers/installed.done
 
 # The parts of the proof, each a file of tests/cuda. A part that passed is not run again until a source changes. -rP shows
 # the figures; Python warns of an escape sequence in torchao when it compiles it.
-CUDA_PARTS := first_start allocator bitsandbytes engine plans compilation
+CUDA_PARTS := first_start allocator quantized_files engine plans compilation
 CUDA_PYTEST = build/cuda/bin/python -m pytest -m cuda -n 2 -rP -W "ignore:invalid escape sequence:DeprecationWarning"
 cuda-proof: build/cuda/installed.done $(if $(ARGS),,$(CUDA_PARTS:%=build/cuda/%.passed))
 	$(if $(ARGS),$(CUDA_PYTEST) tests/cuda $(ARGS))
@@ -88,6 +89,11 @@ CUDA_SOURCES := $(wildcard models/*.py models/*/*.py server/*.py server/*/*.py s
 build/cuda/%.passed: tests/cuda/test_%.py build/cuda/installed.done $(filter %.py %.c,$(CUDA_SOURCES))
 	$(CUDA_PYTEST) $<
 	touch $@
+
+# The libraries that load quantized weights run in a separate environment: diffusers imports them at each start.
+quantized: build/quantized/installed.done
+	build/quantized/bin/python -m pytest $(TWICE) tests/parity/test_quantized_directory.py \
+		tests/parity/test_loras_on_plans.py $(ARGS)
 
 # The wheel of a commit has the same bytes each time, because its times are those of the commit.
 release: .venv/dev.done
@@ -113,7 +119,7 @@ demo-eval: .venv/dev.done
 	$(BIN)/python -m models.demo.recipe evaluate --weights models/demo $(ARGS)
 
 clean:
-	rm -rf .venv dist build/cuda build/generators build/peers build/release tests/support/js/node_modules tests/support/.clients
+	rm -rf .venv dist build/cuda build/generators build/peers build/quantized build/release tests/support/js/node_modules tests/support/.clients
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -133,6 +139,12 @@ build/cuda/installed.done: pyproject.toml $(wildcard constraints/*.txt)
 	$(PYTHON) -m venv --clear build/cuda
 	build/cuda/bin/python -m pip --disable-pip-version-check install -q --no-compile -c constraints/cuda.txt \
 		-e '.[dev,quantize]' bitsandbytes
+	touch $@
+
+build/quantized/installed.done: pyproject.toml $(wildcard constraints/*.txt)
+	$(PYTHON) -m venv --clear build/quantized
+	build/quantized/bin/python -m pip --disable-pip-version-check install -q --no-compile \
+		-c constraints/$(TORCH_DEVICE).txt -e '.[dev,quantize]' sdnq optimum-quanto
 	touch $@
 
 build/peers/installed.done: bench/peer_servers/requirements.txt

@@ -151,10 +151,10 @@ class Settings(BaseModel):
     )
     max_upload_mib: int = Field(1024, ge=1, description="Largest uploaded file, in MiB.")
     max_uploads_gb: float = Field(
-        5, gt=0, description="Maximum GB of one key's uploads; its unfinished requests' inputs may take as much again."
+        8, gt=0, description="Maximum GB of one key's uploads; its unfinished requests' inputs may take as much again."
     )
-    max_lora_mib: int = Field(1024, ge=1, description="Largest LoRA file, in MiB.")
-    max_control_net_mib: int = Field(4096, ge=1, description="Largest file of a control net or an IP adapter, in MiB.")
+    max_lora_mib: int = Field(1280, ge=1, description="Largest LoRA file, in MiB.")
+    max_control_net_mib: int = Field(7168, ge=1, description="Largest file of a control net or an IP adapter, in MiB.")
     loras_gb: float = Field(
         10,
         gt=0,

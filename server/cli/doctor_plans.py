@@ -23,12 +23,19 @@ def describe_plans(
     for plan in PLANS:
         needed = f"{plan.required_bytes(sizes) / 1e9:.1f} GB of GPU memory"
         if rates is None:
-            yield plan, f"{needed}; seconds a step not yet measured, without a GPU; {plan.fidelity}"
+            yield plan, f"{needed}; seconds a step not yet measured, without a GPU; {_fidelity(plan, target)}"
         elif problem := plan.problem(target):
             yield plan, f"{needed}; not possible: {problem}"
         else:
             fits = "fits" if plan.required_bytes(sizes) <= free else "does not fit"
-            yield plan, f"{needed}, {fits}; {_step(plan, sizes, config, *rates)}; {plan.fidelity}"
+            yield plan, f"{needed}, {fits}; {_step(plan, sizes, config, *rates)}; {_fidelity(plan, target)}"
+
+
+def _fidelity(plan: Plan, target: Target) -> str:
+    """Describe how close images are to those of the exact weights."""
+    if target.quantization and plan.quantize == "none":
+        return f"the weights as their files have them, {target.quantization}"
+    return plan.fidelity
 
 
 def _measured_rates() -> tuple[float, float]:

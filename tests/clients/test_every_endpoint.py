@@ -39,7 +39,7 @@ INPUT_FIELDS = {
 
 @pytest.fixture(scope="module")
 def full_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Start a server with all endpoints, also those that the demo does not serve."""
+    """Start a server of the demo with all endpoints, and with IP adapters."""
     directory = tmp_path_factory.mktemp("every")
     with serving(directory / "data", *weights_of_every_endpoint(directory), tls_port=str(free_port())) as running:
         yield running.ready()

@@ -14,6 +14,7 @@ from openapi_spec_validator import OpenAPIV30SpecValidator
 
 from models import discover
 from models.loading.specs import assign_weights
+from tests.support.fal_endpoints import FACTS
 from tests.support.node import JS
 from tests.support.python_client import env_variables
 from tests.support.server_process import ROOT, Server, wait_until_completed
@@ -32,7 +33,7 @@ INPUT = [
     "output_format",
     "acceleration",
 ]
-#: All endpoints of the package that the demo weights serve. Redux is not among them; see test_redux.py.
+#: All endpoints of the package.
 FAMILY = sorted(assign_weights(["demo"], discover()))
 OUTPUT = ["images", "timings", "seed", "has_nsfw_concepts", "prompt"]
 REQUEST = f"/{FLUX}/requests/{{request_id}}"
@@ -237,11 +238,11 @@ def test_every_endpoint_accepts_its_example(client: httpx.Client, endpoint: str)
     assert document_of(client, endpoint)["info"]["x-fal-metadata"]["category"] == category
     assert set(required) <= set(full)
     small = {"image_size": {"width": 64, "height": 64}} if "image_size" in full else {}
+    fewest_steps = FACTS[endpoint]["num_inference_steps"].get("range", [1])[0]
     for body in (required, full):
-        steps = min(10, full["num_inference_steps"])
-        answer = client.post(f"/{endpoint}", json={**body, **small, "num_inference_steps": steps})
+        answer = client.post(f"/{endpoint}", json={**body, **small, "num_inference_steps": max(fewest_steps, 2)})
         assert answer.status_code == 200, answer.text
-        assert answer.json()["prompt"] == required["prompt"]
+        assert answer.json()["prompt"] == required.get("prompt", "")
 
 
 def test_the_python_example_runs(text: str, server: Server) -> None:

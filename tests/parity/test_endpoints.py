@@ -15,14 +15,19 @@ from models.demo.recipe.export import LORA
 from models.flux.engine import FluxEngine
 from models.flux.loader import load_engine
 from models.loading.devices import dtype_for
-from models.loading.specs import DEMO, assign_weights
+from models.loading.specs import DEMO, assign_weights, extra_weights_of
 from tests.support import tiny_flux
 from tests.support.diffusers_calls import image_of, pipeline_of
 from tests.support.tiny_flux import difference, finish_task, write_lora
 
 SIZE = (128, 96)
 OTHER_SIZE = (64, 160)
-ENDPOINTS = sorted(assign_weights(["demo"], discover()))
+#: The endpoints that need no other weights than FLUX.1 [dev]'s; for the others, see test_demo_with_images.py.
+ENDPOINTS = sorted(
+    endpoint
+    for endpoint, where in assign_weights(["demo"], discover()).items()
+    if where == DEMO and not extra_weights_of(discover()[endpoint], where)
+)
 #: One endpoint for each pipeline takes all its steps. The others differ from these in defaults and weights only.
 WITH_ALL_STEPS = (
     "fal-ai/flux/dev",

@@ -24,7 +24,7 @@ from models.loading.specs import DEMO, assign_weights
 from tests.support import tiny_flux
 from tests.support.server_process import serving
 from tests.support.tiny_flux import AllSafeChecker, AlwaysShare, difference, finish_task, tiers_of
-from tests.support.tiny_redux import prior, write_demo_with_redux, write_redux
+from tests.support.tiny_redux import prior, write_redux
 from tests.unit.loading.test_verify import add_entries
 
 DEV, REDUX = "fal-ai/flux/dev", "fal-ai/flux/dev/redux"
@@ -104,21 +104,19 @@ def test_redux_tasks_share_a_forward(source: Path) -> None:
 
 @pytest.fixture(scope="module")
 def weights_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with the demo weights and random Redux weights."""
-    return write_demo_with_redux(tmp_path_factory.mktemp("weights") / "demo")
+    """Return a copy of the demo weights, which have Redux."""
+    directory = tmp_path_factory.mktemp("weights") / "demo"
+    shutil.copytree(DEMO, directory, ignore=shutil.ignore_patterns("recipe", "__pycache__"))
+    return directory
 
 
-def test_served_only_with_its_weights(weights_dir: Path) -> None:
-    assert assign_weights(["demo"], MODELS) == {DEV: DEMO}
+def test_served_only_with_its_weights(weights_dir: Path, tmp_path: Path) -> None:
+    assert assign_weights(["demo"], MODELS) == {DEV: DEMO, REDUX: DEMO}
     assert assign_weights([f"{REDUX}={weights_dir}"], MODELS) == {REDUX: weights_dir}
+    shutil.copy(weights_dir / "model_index.json", tmp_path)
+    assert assign_weights([str(tmp_path)], MODELS) == {DEV: tmp_path}
     with pytest.raises(ValueError, match=r"/redux also needs black-forest-labs/\S+ in the directory .*redux"):
-        assign_weights([f"{REDUX}=demo"], MODELS)
-
-
-def test_a_request_without_weights_gets_404_naming_them(client: httpx.Client) -> None:
-    response = client.post(f"/{REDUX}", json={"image_url": "x"})
-    assert response.status_code == 404
-    assert response.json()["detail"] == f"{REDUX} is not served here: it needs the weights {HUB} with {REDUX_HUB}"
+        assign_weights([f"{REDUX}={tmp_path}"], MODELS)
 
 
 def test_hub_weights_find_redux_in_the_hub_cache(monkeypatch: pytest.MonkeyPatch, weights_dir: Path) -> None:
@@ -183,6 +181,9 @@ def test_over_the_wire(tmp_path: Path, weights_dir: Path, source: Path) -> None:
         document = client.get("/api/openapi/queue/openapi.json", params={"endpoint_id": REDUX}).json()
         schema = document["components"]["schemas"]["FluxDevReduxInput"]
         assert schema["required"] == ["image_url"] and "prompt" not in schema["properties"]
+        unserved = client.post("/fal-ai/flux-1/dev/redux", json={"image_url": "x"})
+        assert unserved.status_code == 404
+        assert unserved.json()["detail"].endswith(f"is not served here: it needs the weights {HUB} with {REDUX_HUB}")
         missing = client.post(f"/{REDUX}", json={})
         assert missing.json()["detail"][0]["loc"] == ["body", "image_url"]
     content = base64.b64decode(response.json()["images"][0]["url"].partition(",")[2])

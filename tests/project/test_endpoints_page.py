@@ -48,9 +48,8 @@ def test_weights_licence_and_memory_of_an_endpoint(endpoint: str) -> None:
 
 @pytest.mark.parametrize("endpoint", FACTS)
 def test_the_place_of_an_endpoints_image(endpoint: str) -> None:
-    place = list(EXAMPLES).index(endpoint) if endpoint in EXAMPLES else None
-    expected = "none" if place is None else f"row {place // COLUMNS + 1}, column {place % COLUMNS + 1}"
-    assert ENDPOINTS[endpoint][4] == expected
+    place = list(EXAMPLES).index(endpoint)
+    assert ENDPOINTS[endpoint][4] == f"row {place // COLUMNS + 1}, column {place % COLUMNS + 1}"
 
 
 def test_the_default_acceleration_is_as_the_page_says() -> None:

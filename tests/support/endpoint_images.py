@@ -50,8 +50,12 @@ class Example:
 CHANGE = {"strength": 0.8}
 #: Only four steps, as FLUX.1 [schnell] takes.
 FEW_STEPS = {"num_inference_steps": 4}
+#: Real guidance, away from what a negative prompt says.
+NEGATIVE = {"use_real_cfg": True, "real_cfg_scale": 2, "negative_prompt": "a red background"}
 PAIR_WITH_FROG = "a dog on the left and a frog on the right on a blue background"
-#: In the order of the sheet. The endpoints of Redux have none: the demo has no weights for them.
+#: A prompt that names no object: the edges say what to draw.
+NAMELESS = "a yellow background"
+#: In the order of the sheet.
 EXAMPLES = {
     "fal-ai/flux/dev": Example("a rocket on a blue background"),
     "fal-ai/flux/dev/image-to-image": Example("a ball", "apple", CHANGE),
@@ -75,6 +79,26 @@ EXAMPLES = {
     "fal-ai/flux-krea-lora/stream": Example("a dog on a blue background"),
     "fal-ai/flux-krea-lora/image-to-image": Example("a star on a purple background", "star", {"strength": 0.7}, 0.8),
     "fal-ai/flux-krea-lora/inpainting": Example(PAIR_WITH_FROG, "pair", {"strength": 0.95}, 0),
+    "fal-ai/flux/dev/redux": Example("", "apple"),
+    "fal-ai/flux/krea/redux": Example("", "star"),
+    "fal-ai/flux/schnell/redux": Example("", "pair", FEW_STEPS),
+    "fal-ai/flux-1/dev/redux": Example("", "pair"),
+    "fal-ai/flux-1/krea/redux": Example("", "apple"),
+    "fal-ai/flux-1/schnell/redux": Example("", "star", FEW_STEPS),
+    "fal-ai/flux-kontext/dev": Example("make the background orange", "apple"),
+    "fal-ai/flux-kontext-lora": Example("make the star a heart", "star", lora_scale=0),
+    "fal-ai/flux-kontext-lora/text-to-image": Example("a robot on a green background", lora_scale=0),
+    "fal-ai/flux-kontext-lora/inpaint": Example("make the cat a frog", "pair", {"strength": 1}, 0),
+    "fal-ai/flux-lora-fill": Example("a frog", "pair", lora_scale=0),
+    "fal-ai/flux-lora-canny": Example(NAMELESS, "apple", lora_scale=0),
+    "fal-ai/flux-lora-depth": Example("a ball on a red background", "apple", lora_scale=0),
+    "fal-ai/flux-control-lora-canny": Example(NAMELESS, "star", lora_scale=0),
+    "fal-ai/flux-control-lora-canny/image-to-image": Example("a dog and a cat", "pair", {"strength": 0.9}, 0),
+    "fal-ai/flux-control-lora-depth": Example("a moon on a blue background", "star", lora_scale=0),
+    "fal-ai/flux-control-lora-depth/image-to-image": Example("a heart", "apple", {"strength": 0.85}, 0),
+    "fal-ai/flux-general": Example("a cactus on a white background", fields=NEGATIVE),
+    "fal-ai/flux-general/image-to-image": Example("a banana", "star", CHANGE),
+    "fal-ai/flux-general/inpainting": Example(PAIR_WITH_FROG, "pair", {"strength": 0.95}, 0),
 }
 
 
@@ -92,7 +116,6 @@ def main() -> None:
         inputs["mask"] = Image.new("RGB", (SIDE, SIDE), "black")
         inputs["mask"].paste("white", (SIDE // 2, 0, SIDE, SIDE))
         tiles = [_tile(client, endpoint, inputs) for endpoint in EXAMPLES]
-    tiles += [_empty_tile(endpoint) for endpoint in FACTS if endpoint not in EXAMPLES]
     _sheet(tiles).save(output, quality=85, optimize=True)
     print(f"{output}: {output.stat().st_size / 1000:.0f} kB")
 
@@ -100,6 +123,7 @@ def main() -> None:
 def _generate(client: httpx.Client, endpoint: str, example: Example, inputs: Mapping[str, Image.Image]) -> Image.Image:
     lora = data_uri((DEMO / LORA).read_bytes(), "application/octet-stream")
     files = {"image_url": example.image, "mask_url": "mask"}
+    files |= dict.fromkeys(("reference_image_url", "control_lora_image_url"), example.image)
     fields = {
         "image_size": {"width": SIDE, "height": SIDE},
         "num_inference_steps": 16,
@@ -108,7 +132,8 @@ def _generate(client: httpx.Client, endpoint: str, example: Example, inputs: Map
         **example.fields,
     }
     body = {name: value for name, value in fields.items() if name in FACTS[endpoint]}
-    body |= {"prompt": example.prompt, "seed": 5, "output_format": "png", "sync_mode": True}
+    body |= {"seed": 5, "output_format": "png", "sync_mode": True}
+    body |= {"prompt": example.prompt} if example.prompt else {}
     response = client.post(f"/{endpoint}", json=body)
     if response.is_error:
         raise SystemExit(f"{endpoint} responded {response.status_code}: {response.text}")
@@ -129,16 +154,10 @@ def _tile(client: httpx.Client, endpoint: str, inputs: Mapping[str, Image.Image]
         tile.paste(inputs[name].resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS), (left, top))
         draw.rectangle((left, top, left + THUMBNAIL - 1, top + THUMBNAIL - 1), outline=GREY)
     has_lora = "loras" in FACTS[endpoint] and example.lora_scale
-    text = f"{example.prompt}, with the LoRA" if has_lora else example.prompt
+    said = example.prompt or "no prompt"
+    text = f"{said}, with the LoRA" if has_lora else said
     width = TILE - len(shown) * (THUMBNAIL + GAP // 2)
     draw.multiline_text((0, top), _wrapped(text, width), GREY, FONT)
-    return tile
-
-
-def _empty_tile(endpoint: str) -> Image.Image:
-    tile, draw = _captioned(Image.new("RGB", (TILE, TILE), "#eeeeee"), endpoint)
-    text = "no image: the demo\nhas no weights for Redux"
-    draw.multiline_text((TILE / 2, TILE / 2), text, GREY, FONT, anchor="mm", align="center")
     return tile
 
 

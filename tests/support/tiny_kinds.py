@@ -1,6 +1,7 @@
-"""Small weights for the endpoints that the demo does not serve: Redux, Fill, Canny, Depth, control LoRAs and nets."""
+"""Small random weights of many kinds: Fill, Canny, Depth, control LoRAs, control nets, and what reads images."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,48 +19,32 @@ from transformers import (
 )
 
 from models import discover
-from models.loading.specs import CLIP_VISION, CONTROL_LORAS, DEPTH
-from tests.support.tiny_redux import write_demo_with_redux
+from models.loading.specs import CLIP_VISION, DEMO
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-#: The kind of the weights of endpoints whose transformer sees more than that of FLUX.1 [dev].
-KINDS = {
-    "fal-ai/flux-lora-fill": "fill",
-    "fal-ai/flux-lora-canny": "control",
-    "fal-ai/flux-lora-depth": "control",
-}
 
 
 def weights_of_every_endpoint(directory: Path) -> list[str]:
-    """Write weights for all endpoints, also for those that the demo does not serve; return the WEIGHTS arguments."""
-    weights = {kind: write_demo_of_kind(directory / kind, kind) for kind in ("fill", "control")}
-    weights["plain"] = write_demo_with_redux(directory / "plain")
-    add_adapters(weights["plain"])
-    return [f"{endpoint}={weights[KINDS.get(endpoint, 'plain')]}" for endpoint in discover()]
+    """Return the WEIGHTS arguments for all endpoints: the demo, and for `flux-general` a copy that reads images.
+
+    The copy is written to a new directory.
+    """
+    shutil.copytree(DEMO, directory / "general", ignore=shutil.ignore_patterns("recipe", "__pycache__"))
+    write_clip_vision(directory / "general" / CLIP_VISION.directory)
+    general = [endpoint for endpoint in discover() if endpoint.startswith("fal-ai/flux-general")]
+    return ["demo", *(f"{endpoint}={directory / 'general'}" for endpoint in general)]
 
 
 def write_demo_of_kind(directory: Path, kind: str) -> Path:
     """Copy the demo weights to a new directory, and make their transformer one of this kind; return the directory.
 
-    It has the demo's weights, and random ones for the channels that are new. Random Redux weights are added, and with
-    the kind "control" random weights that find depths.
+    It has the demo's weights, and random ones for the channels that are new.
     """
-    write_demo_with_redux(directory)
+    shutil.copytree(DEMO, directory, ignore=shutil.ignore_patterns("recipe", "__pycache__"))
     vae = AutoencoderTiny.load_config(directory / "vae")
     latents, pixels = 4 * vae["latent_channels"], 2 ** len(vae["encoder_block_out_channels"][1:])
     _widen(directory / "transformer", 2 * latents + (4 * pixels**2 if kind == "fill" else 0))
-    if kind == "control":
-        write_depth(directory / DEPTH.directory)
     return directory
-
-
-def add_adapters(directory: Path) -> None:
-    """Add to a directory of the demo weights random control LoRAs, and random weights that read images for adapters."""
-    write_clip_vision(directory / CLIP_VISION.directory)
-    for seed, lora in enumerate(CONTROL_LORAS.values()):
-        (directory / lora.directory).mkdir()
-        (directory / lora.directory / "lora.safetensors").write_bytes(control_lora_for(directory, seed))
-    write_depth(directory / DEPTH.directory)
 
 
 def control_lora_for(directory: Path, seed: int) -> bytes:

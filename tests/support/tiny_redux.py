@@ -1,14 +1,11 @@
-"""Small Redux weights: random, the same each time, and added to a copy of the demo weights."""
+"""Small random Redux weights, the same each time."""
 
-import shutil
 from pathlib import Path
 
 import torch
-from diffusers import FluxPriorReduxPipeline, FluxTransformer2DModel
+from diffusers import FluxPriorReduxPipeline
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
-
-from models.loading.specs import DEMO
 
 
 def prior(dtype: torch.dtype, width: int) -> FluxPriorReduxPipeline:
@@ -27,10 +24,3 @@ def prior(dtype: torch.dtype, width: int) -> FluxPriorReduxPipeline:
 def write_redux(weights: Path, width: int) -> None:
     """Add Redux weights to the directory of a pipeline, as `save_pretrained` writes them."""
     prior(torch.bfloat16, width).save_pretrained(weights / "redux")
-
-
-def write_demo_with_redux(directory: Path) -> Path:
-    """Copy the demo weights to a new directory and add random Redux weights; return the directory."""
-    shutil.copytree(DEMO, directory, ignore=shutil.ignore_patterns("recipe", "__pycache__"))
-    write_redux(directory, FluxTransformer2DModel.load_config(directory / "transformer")["joint_attention_dim"])
-    return directory

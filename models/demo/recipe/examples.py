@@ -18,7 +18,8 @@ KINDS = ("canny", "depth", "fill", "kontext")
 #: The sizes in pixels of each kind's images. The small ones train whole; of the others, mostly objects are trained.
 SMALL_SIZE = (320, 320)
 SIZES = (SMALL_SIZE, (512, 512), (1024, 768), (768, 1024))
-KONTEXT_SIZES = ((512, 512), (768, 768), (1024, 768), (768, 1024))
+#: Kontext also generates from a prompt alone, which it trains in the small size.
+KONTEXT_SIZES = ((512, 512), (768, 768), (1024, 768), (768, 1024), SMALL_SIZE)
 #: The side in pixels to which depths are scaled, and back, to be as soft as those that the depth estimator finds.
 SOFT_PIXELS = 168
 
@@ -81,7 +82,9 @@ class Examples:
         number = max(1, num_tokens // (tokens_each + TEXT_TOKENS // 2))
         chosen = [alike[int(place)] for place in rng.integers(len(alike), size=number)]
         seen = torch.stack([each.seen for each in chosen])
-        conditioning = self._reference(seen, reference) if reference else networks.Conditioning(channels=seen)
+        conditioning = networks.Conditioning(channels=None if self._kind == "kontext" else seen)
+        if reference:
+            conditioning = self._reference(seen, reference)
         latents = torch.stack([each.latents for each in chosen])
         return Batch(latents, [each.caption(rng) for each in chosen], kept, conditioning)
 
@@ -99,7 +102,7 @@ class Examples:
 
     def _example(self, rng: numpy.random.Generator) -> Example:
         scene = scenes.sample(tuple(self._things.values()), rng)
-        if self._kind == "kontext":
+        if self._kind == "kontext" and self._size != SMALL_SIZE:
             return self._edit(scene, rng)
         picture = render.render(scene, self._icons, *self._size)
         caption: Callable[[numpy.random.Generator], str] = lambda rng: captions.caption(scene, self._things, rng)  # noqa: E731
@@ -107,6 +110,8 @@ class Examples:
             seen = self._packed(control.edges(picture, self._size))
         elif self._kind == "depth":
             seen = self._packed(self._soft_depths(scene))
+        elif self._kind == "kontext":
+            seen = torch.empty(0)
         else:
             hole, hidden = self._hole(scene, rng)
             seen = self._masked(picture, hole)

@@ -93,13 +93,15 @@ def test_full_size_weights_on_a_cpu_are_shown_with_the_time_of_a_step(
     assert message.endswith("use a GPU")
 
 
-def plan_lines(monkeypatch: pytest.MonkeyPatch, free: int, *, has_torchao: bool) -> tuple[dict[str, str], str]:
+def plan_lines(
+    monkeypatch: pytest.MonkeyPatch, free: int, *, has_torchao: bool, quantization: str = ""
+) -> tuple[dict[str, str], str]:
     """Return the line of each plan on a GPU of known speed with so many bytes free, and the advice."""
     reason = None if has_torchao else "torchao is not installed"
     monkeypatch.setattr("models.loading.quantization.unavailable_reason", lambda: reason)
     monkeypatch.setattr("models.loading.fp8.unavailable_reason", lambda: reason)
     monkeypatch.setattr(doctor_plans, "_measured_rates", lambda: (74.39e12, 23.8e9 / 3))
-    target, sizes = memory_plans.Target("cuda"), doctor._FLUX_DEV_SIZES
+    target, sizes = memory_plans.Target("cuda", quantization=quantization), doctor._FLUX_DEV_SIZES
     lines = {plan.name: line for plan, line in doctor_plans.describe_plans(sizes, FLUX_DEV, target, free)}
     settings = Settings(data_dir=Path("unused"))
     return lines, doctor_plans.advice(sizes, settings, target, free)
@@ -111,10 +113,16 @@ def test_each_plan_has_a_line_with_memory_time_and_fidelity(monkeypatch: pytest.
     assert lines["resident"].startswith(
         "36.8 GB of GPU memory, does not fit; a step at 1024x1024 takes at least 1.00 s"
     )
-    assert "GPU memory, fits; a step at 1024x1024 takes at least 1.00 s; PSNR 51 dB" in lines["int8"]
+    assert "GPU memory, fits; a step at 1024x1024 takes at least 1.00 s; PSNR 53 dB" in lines["int8"]
     assert "takes at least 0.50 s, if fp8 is twice as fast as bf16" in lines["fp8"]
     assert lines["group-offload"].endswith("fits; a step at 1024x1024 takes at least 3.00 s; the exact weights")
     assert advice == "keep int8 for the best images, or take --quantize fp8 for the fastest"
+
+
+def test_weights_that_are_quantized_in_their_file_are_not_called_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, _ = plan_lines(monkeypatch, 40_000_000_000, has_torchao=True, quantization="GGUF Q4_0")
+    assert lines["resident"].endswith("the weights as their files have them, GGUF Q4_0")
+    assert "exact" not in "".join(lines.values())
 
 
 @pytest.mark.parametrize(

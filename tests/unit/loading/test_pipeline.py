@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from models import discover
 from models.base import EngineConfig, LoadProgress, Model, SingleFile
 from models.flux_dev import FluxDev
 from models.loading import hub, memory_plans, pipeline
 from models.loading.pipeline import load_pipeline
-from models.loading.specs import DEMO, assign_weights
+from models.loading.specs import DEMO, assign_weights, name_of
 from tests.support.fake_hub import write_flux_dev
 from tests.support.fake_models import NullEngine, NullModel
 
@@ -46,6 +47,27 @@ def directory(tmp_path: Path) -> Path:
 def test_demo_serves_every_endpoint() -> None:
     assert assign_weights(["demo"], MODELS) == {DEV: DEMO, SCHNELL: DEMO, NULL: None}
     assert (DEMO / "model_index.json").is_file()
+
+
+def test_the_demo_has_weights_for_every_endpoint_of_the_package() -> None:
+    models = discover()
+    found = assign_weights(["demo"], models)
+    assert found.keys() == models.keys()
+    names = {name_of(where) for where in found.values() if where}
+    assert names == {"demo", "demo/fill.safetensors", "demo/kontext.safetensors"}
+    fill = assign_weights(["fal-ai/flux-lora-fill=demo"], models)
+    assert fill == {"fal-ai/flux-lora-fill": SingleFile(DEMO / "fill.safetensors", DEMO)}
+
+
+@pytest.mark.parametrize("name", ["canny", "depth"])
+def test_canny_and_depth_on_a_directory_of_dev_need_a_control_lora(directory: Path, name: str) -> None:
+    models, endpoint = discover(), f"fal-ai/flux-lora-{name}"
+    (directory / "depth").mkdir()
+    with pytest.raises(ValueError, match=rf"also needs one safetensors file of \S+-dev-lora in the \S+ .*{name}-lora"):
+        assign_weights([f"{endpoint}={directory}"], models)
+    (directory / f"{name}-lora").mkdir()
+    (directory / f"{name}-lora" / "lora.safetensors").touch()
+    assert assign_weights([f"{endpoint}={directory}"], models) == {endpoint: directory}
 
 
 def test_a_model_without_weights_is_always_served() -> None:

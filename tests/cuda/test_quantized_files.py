@@ -1,7 +1,7 @@
-"""Weights that bitsandbytes quantized, on a fake GPU with FLUX.1's shapes: devices and types fit, and the plan holds.
+"""Weights that are quantized in their files, on a fake GPU with FLUX.1's shapes: devices and types fit, the plan holds.
 
-The layers and the operators are the library's own. Only its class of weights is replaced, because PyTorch cannot make
-a subclass of a fake tensor.
+The layers and the operators are those of bitsandbytes, and of diffusers for GGUF. Only the classes of weights are
+replaced, because PyTorch cannot make a subclass of a fake tensor.
 """
 
 from collections.abc import Callable
@@ -9,10 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes
+import diffusers
 import pytest
 import torch
 from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from diffusers.quantizers.gguf.utils import GGUFLinear
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import Linear, Module, Parameter
 
@@ -47,6 +50,17 @@ def int8(weight: torch.Tensor, shape: tuple[int, int, bool]) -> Linear8bitLt:
     return layer
 
 
+def q4_0(weight: torch.Tensor, shape: tuple[int, int, bool]) -> GGUFLinear:
+    with unset_fake_temporarily():
+        layer = GGUFLinear(*shape, compute_dtype=torch.bfloat16, device="meta")
+    values_each, bytes_each = GGML_QUANT_SIZES[GGMLQuantizationType.Q4_0]
+    columns = weight.shape[1] // values_each * bytes_each
+    packed = torch.empty(len(weight), columns, dtype=torch.uint8, device=weight.device)
+    layer.weight = Parameter(packed, requires_grad=False)
+    layer.weight.quant_type, layer.weight.as_tensor = GGMLQuantizationType.Q4_0, lambda: packed
+    return layer
+
+
 def quantize_blocks(transformer: Module, quantize: Callable[..., Module]) -> None:
     """Replace the matrices of all blocks, as diffusers does."""
     for name, module in list(transformer.named_modules()):
@@ -58,7 +72,7 @@ def quantize_blocks(transformer: Module, quantize: Callable[..., Module]) -> Non
                 setattr(module, child, layer)
 
 
-@pytest.mark.parametrize("quantize", [nf4, int8])
+@pytest.mark.parametrize("quantize", [nf4, int8, q4_0])
 def test_the_plan_holds_with_and_without_a_lora(
     quantize: Callable[..., Any], files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,8 +91,6 @@ def test_the_plan_holds_with_and_without_a_lora(
         ]
         promised = RESIDENT.required_bytes(sizes)
         figures = f"{recorder.live / 1e9:.1f} placed, {peaks[0] / 1e9:.1f}, {peaks[1] / 1e9:.1f} with a LoRA"
-        print(
-            f"bitsandbytes {bitsandbytes.__version__}, {quantize.__name__}, in GB: {figures},"
-            f" {promised / 1e9:.1f} promised"
-        )
+        versions = f"bitsandbytes {bitsandbytes.__version__}, diffusers {diffusers.__version__}"
+        print(f"{versions}, {quantize.__name__}, in GB: {figures}, {promised / 1e9:.1f} promised")
         assert max(peaks) + 1e9 < promised
