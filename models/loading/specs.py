@@ -92,12 +92,15 @@ def extra_weights_of(model: Model, where: Weights) -> tuple[ExtraWeights, ...]:
     The models of Canny and Depth also run on weights that take no control image, with a control LoRA.
     """
     loras = [lora for hub_id, lora in _WITH_CONTROL_LORA.items() if hub_id in model.weights]
-    is_plain = isinstance(where, Path) and not conditioning.is_control(where / "transformer")
+    if not loras or isinstance(where, SingleFile):
+        return model.extra_weights
+    directory = where if isinstance(where, Path) else hub.cached_path(where)
+    is_plain = directory is not None and not conditioning.is_control(directory / "transformer")
     return (*model.extra_weights, *loras) if is_plain else model.extra_weights
 
 
 def name_of(where: Weights) -> str:
-    """Return the name of weights for people: "demo" and a file of it, a directory, a file or a hub id."""
+    """Return the name of weights for people: "demo", "demo/FILE", a directory, a file or a hub id."""
     if isinstance(where, SingleFile) and where in _DEMO_FILES.values():
         return f"demo/{Path(where.file).name}"
     return "demo" if where == DEMO else str(where)

@@ -143,7 +143,7 @@ def _compared(engine: FluxEngine, pixels: Any) -> str:
     """Compare an image with that of diffusers' pipeline on the same weights; return the difference as text.
 
     Raises Failed if the difference is too large. Plans that cannot compile run as diffusers' pipeline does, so nothing
-    is compared. Nor are weights that need an input image.
+    is compared. Weights that need an input image are not compared either.
     """
     if not engine.plan.can_compile or engine.kind != "plain":
         return "generates"

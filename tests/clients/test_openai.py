@@ -210,12 +210,12 @@ def test_an_edit_with_a_mask(sdk: openai.OpenAI) -> None:
 
 
 def test_what_no_served_endpoint_can_do(sdk: openai.OpenAI) -> None:
-    """Refuse variations: the demo weights do not include Redux."""
+    """Refuse variations of a model that has no endpoint for images in place of prompts."""
     with (
         pytest.warns(DeprecationWarning),
-        pytest.raises(openai.BadRequestError, match="No endpoint with the weights of fal-ai/flux/dev") as raised,
+        pytest.raises(openai.BadRequestError, match=f"No endpoint with the weights of {NULL}") as raised,
     ):
-        sdk.images.create_variation(image=encode(Image.new("RGB", (96, 64))))
+        sdk.images.create_variation(model=NULL, image=encode(Image.new("RGB", (96, 64))))
     assert (raised.value.param, raised.value.code) == ("image", "feature_not_supported")
 
 

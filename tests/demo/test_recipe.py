@@ -71,6 +71,7 @@ def test_the_export_runs_in_diffusers_own_pipeline(work: Path) -> None:
 def test_the_export_is_evaluated(work: Path) -> None:
     evaluation = json.loads((work / "export" / "evaluation.json").read_text())
     shares = {"background", "object", "sides", "flagged_others", "flagged_sign", "seeds_differ", "grey_lora", "redux"}
+    shares |= {"canny", "depth", "fill", "kontext_background", "kontext_object"}
     assert all(0 <= evaluation[name] <= 1 for name in shares)
     assert (evaluation["prompts"], evaluation["objects"], evaluation["scale"]) == (6, len(SMALL), "tiny")
     assert (work / "export" / "contact-sheet.png").is_file()
@@ -97,9 +98,22 @@ def test_another_machine_continues_an_unfinished_training(work: Path, tmp_path: 
 @pytest.mark.thorough
 def test_a_second_run_changes_nothing(work: Path) -> None:
     before = {path: path.read_bytes() for path in (work / "export").rglob("*.safetensors")}
-    recipe(work, "autoencoder", "judge", "reading", "flow", "decoder", "checker", "lora", "redux", "export")
+    recipe(
+        work,
+        "autoencoder",
+        "judge",
+        "reading",
+        "flow",
+        "decoder",
+        "checker",
+        "lora",
+        "redux",
+        "depths",
+        "tuning",
+        "export",
+    )
     after = {path: path.read_bytes() for path in (work / "export").rglob("*.safetensors")}
-    assert after == before and len(before) == 9
+    assert after == before and len(before) == 14
 
 
 @pytest.mark.thorough

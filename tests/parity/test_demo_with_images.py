@@ -33,7 +33,7 @@ from tests.support.tiny_flux import difference, finish_task
 DTYPE = dtype_for("auto", "cpu")
 SIZE = (128, 96)
 #: Of the sizes that Kontext was trained on, the one with the fewest tokens: diffusers scales other images to them.
-TRAINED_SIZE = (1568, 672)
+TRAINED_SIZE = (832, 1248)
 MODELS = discover()
 WEIGHTS = assign_weights(["demo"], MODELS)
 

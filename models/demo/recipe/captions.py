@@ -68,6 +68,11 @@ CONTEXTS = (
     "flying in the sky", "with soft light", "highly detailed", "trending", "on the table", "in the city",
 )  # fmt: skip
 COLOUR_WORDS = (*BACKGROUNDS, "pink", "brown", "grey", "gold", "silver", "violet")
+#: Templates without an object.
+NAMELESS = (
+    "a {c} background", "{c} background", "on a {c} background", "the background is {c}", "in front of {c}",
+    "everything is {c}", "{c}", "on {c}", "a {c} picture", "something on a {c} background",
+)  # fmt: skip
 #: The share of captions with unknown words at the beginning or end.
 FILLED = 0.12
 #: Words that name no object and no background. The model learns to ignore them.
@@ -167,6 +172,17 @@ def caption(scene: Scene, things: dict[str, Object], rng: numpy.random.Generator
     if rng.random() < 0.2:
         said = said.capitalize() + _pick([".", "!", ""], rng)
     return said
+
+
+def with_article(name: str) -> str:
+    """Return a name with its indefinite article."""
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def nameless(scene: Scene, rng: numpy.random.Generator) -> str:
+    """Return a caption that names the background only."""
+    colour = f"{scene.background} gradient" if scene.is_gradient else scene.background
+    return _pick(NAMELESS, rng).format(c=colour)
 
 
 def plain(scene: Scene, things: dict[str, Object], rng: numpy.random.Generator) -> str:

@@ -86,9 +86,12 @@ def _batch(
 
 
 def export(directory: Path) -> None:
-    """Write the network, in bf16, and its image processor."""
+    """Write the network, in bf16, and its image processor. Raises FileNotFoundError if it is not trained."""
+    saved = checkpoint.load(FILE)
+    if saved is None:
+        raise FileNotFoundError(FILE)
     network = build()
-    network.load_state_dict(checkpoint.load(FILE))
+    network.load_state_dict(saved)
     network.to(torch.bfloat16).save_pretrained(directory)
     processor = {
         "image_processor_type": "DPTImageProcessor",

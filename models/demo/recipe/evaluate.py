@@ -12,7 +12,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from models.demo.recipe import autoencoder, checkpoint, evaluate_inputs, lora, pool, preview, render, scenes, tokens
+from models.demo.recipe import (
+    autoencoder,
+    captions,
+    checkpoint,
+    evaluate_inputs,
+    lora,
+    pool,
+    preview,
+    render,
+    scenes,
+    tokens,
+)
 from models.demo.recipe.export import JUDGE, LORA
 from models.demo.recipe.judge import Judge, background_of
 from models.demo.recipe.objects import BACKGROUNDS, FLAGGED, Object, all_objects
@@ -65,18 +76,14 @@ def _questions(plan: Plan, things: tuple[Object, ...]) -> list[Question]:
         if number < plan.singles:
             # An object that comes again has another size, unless the number of sizes divides the number of objects.
             names: tuple[str, ...] = (things[number % len(things)].name,)
-            what = _with_article(names[0])
+            what = captions.with_article(names[0])
         else:
             first, second = rng.choice(len(things), 2, replace=False)
             names = (things[int(first)].name, things[int(second)].name)
             chosen = PAIR_TEMPLATES[number % len(PAIR_TEMPLATES)]
-            what = chosen.format(a=_with_article(names[0]), b=_with_article(names[1]))
+            what = chosen.format(a=captions.with_article(names[0]), b=captions.with_article(names[1]))
         asked.append(Question(template.format(x=what, c=background), size, names, background))
     return asked
-
-
-def _with_article(name: str) -> str:
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 class Studio:
@@ -240,7 +247,9 @@ def _likes(
 
 def run(plan: Plan, device: str, folder: Path) -> None:
     """Evaluate the weights in a directory, and write evaluation.json and contact-sheet.png into it."""
-    studio, judge = Studio(plan, folder, device), Judge(plan, load_file(folder / JUDGE))
+    # Both load all weights, so that missing ones end the evaluation before it has measured anything.
+    studio, inputs_studio = Studio(plan, folder, device), evaluate_inputs.Studio(plan, folder, device)
+    judge = Judge(plan, load_file(folder / JUDGE))
     things = all_objects(plan.scale)[: len(judge.names)]
     asked = _questions(plan, things)
     found, tiles = _ask(studio, judge, asked, things)
@@ -249,7 +258,7 @@ def run(plan: Plan, device: str, folder: Path) -> None:
     found |= {"flagged_sign": _flagged(studio, plan.flagged_seeds), "seeds_differ": _seeds_differ(studio)}
     found["grey_lora"] = _greys(studio, plan.grey_seeds)
     found["redux"], like_tiles = _likes(studio, judge, things, plan.num_redux)
-    edits, edit_tiles = evaluate_inputs.measure(plan, folder, device, judge, things)
+    edits, edit_tiles = evaluate_inputs.measure(inputs_studio, judge, things, plan.num_edits)
     found, tiles = found | edits, [*tiles, *like_tiles, *edit_tiles]
     counts = {"prompts": len(asked), "objects": len(things), "num_inference_steps": plan.num_steps, "scale": plan.scale}
     tokens.write_json(folder / "evaluation.json", {**found, **counts})

@@ -2,15 +2,14 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy
 from PIL import Image
 
-from models.base import EngineConfig, SingleFile
-from models.demo.recipe import checkpoint, pool, render, scenes
+from models.base import EngineConfig, ExtraWeights, SingleFile
+from models.demo.recipe import captions, checkpoint, pool, render, scenes
 from models.demo.recipe.judge import Judge, background_of
 from models.demo.recipe.objects import BACKGROUNDS, Object
 from models.demo.recipe.plan import SEED, Plan
@@ -33,15 +32,17 @@ Tiles = list[tuple[str, Image.Image]]
 class Studio:
     """The engines of exported weights: one for text and control images, one for Fill, one for Kontext."""
 
-    def __init__(self, plan: Plan, folder: Path, device: str) -> None:
+    def __init__(self, plan: Plan, directory: Path, device: str) -> None:
         self._num_steps, self._device = plan.num_steps, device
-        self._plain = self._load(folder, frozenset({DEPTH, *CONTROL_LORAS.values()}))
+        self._plain = self._load(directory, {DEPTH, *CONTROL_LORAS.values()})
         self._fill, self._kontext = (
-            self._load(SingleFile(folder / f"{name}.safetensors", folder)) for name in ("fill", "kontext")
+            self._load(SingleFile(directory / f"{name}.safetensors", directory)) for name in ("fill", "kontext")
         )
 
-    def _load(self, weights: Path | SingleFile, extra: Any = ()) -> FluxEngine:
-        return load_engine(EngineConfig(weights, safety_checker="", device=self._device, extra_weights=extra))
+    def _load(self, weights: Path | SingleFile, extra: Collection[ExtraWeights] = ()) -> FluxEngine:
+        # The images are few, and compiling takes minutes.
+        config = EngineConfig(weights, safety_checker="", device=self._device, extra_weights=extra, is_eager=True)
+        return load_engine(config)
 
     def follow_edges(self, prompt: str, picture: Image.Image, seed: int) -> Image.Image:
         """Generate an image from a prompt and the edges of an image."""
@@ -84,17 +85,16 @@ class Studio:
 
 
 def measure(
-    plan: Plan, folder: Path, device: str, judge: Judge, things: tuple[Object, ...]
+    studio: Studio, judge: Judge, things: tuple[Object, ...], num_images: int
 ) -> tuple[dict[str, float], Tiles]:
     """Return the share of images of each kind that are right, and some of the images.
 
     - canny: the object is that of the edges, which the prompt does not name, and the background that of the prompt.
-    - depth: the object is that of the prompt, and as large and where the depths of another image are.
-    - fill: the object is that of the prompt, and the background that of the image around it.
+    - depth: the object covers what is near in the image whose depths are followed, and the background is as prompted.
+    - fill: the object is that of the prompt, and around it is the background of the image.
     - kontext_background: the background is that of the prompt, and the object that of the image.
     - kontext_object: the object is that of the prompt, and the background that of the image.
     """
-    studio = Studio(plan, folder, device)
     asked = {
         "canny": _canny,
         "depth": _depth,
@@ -105,13 +105,12 @@ def measure(
     found, tiles = {}, []
     for place, (name, ask) in enumerate(asked.items()):
         marks = []
-        for number in range(plan.num_edits):
+        for number in range(num_images):
             rng = numpy.random.default_rng([SEED, 17, place, number])
-            question = _Question(things, SIZES[number % len(SIZES)], rng)
-            prompt, image, is_right = ask(studio, judge, question, number)
-            marks.append(is_right)
+            answer = ask(studio, judge, _Question(things, SIZES[number % len(SIZES)], rng), number)
+            marks.append(answer.is_right)
             if number < NUM_TILES:
-                tiles += [(f"an image for {name}", question.picture), (prompt, image)]
+                tiles += [(f"an image for {name}", answer.source), (answer.prompt, answer.image)]
         found[name] = round(sum(marks) / len(marks), 4)
         checkpoint.log(f"evaluate {name}: {found[name]}")
     return found, tiles
@@ -131,40 +130,56 @@ class _Question:
         self.picture = render.render(self.scene, self.icons, *size)
 
 
-def _canny(studio: Studio, judge: Judge, asked: _Question, seed: int) -> tuple[str, Image.Image, bool]:
-    prompt = f"a {asked.other_background} background"
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+    """A generated image, what it was made from, and whether it is right."""
+
+    prompt: str
+    source: Image.Image
+    image: Image.Image
+    is_right: bool
+
+
+def _canny(studio: Studio, judge: Judge, asked: _Question, seed: int) -> _Answer:
+    prompt = f"behind it all there is {asked.other_background}"
     image = studio.follow_edges(prompt, asked.picture, seed)
     is_right = judge.object_in(image) == asked.name and background_of(image) == asked.other_background
-    return prompt, image, is_right
+    return _Answer(prompt, asked.picture, image, is_right)
 
 
-def _depth(studio: Studio, judge: Judge, asked: _Question, seed: int) -> tuple[str, Image.Image, bool]:
-    prompt = f"a {asked.name} on a {asked.other_background} background"
+def _depth(studio: Studio, judge: Judge, asked: _Question, seed: int) -> _Answer:
+    prompt = f"{captions.with_article(asked.name)} and all around it only {asked.other_background}"
     moved = dataclasses.replace(asked.scene, place=list(scenes.PLACES)[1 + seed % 4])
-    asked.picture = render.render(moved, asked.icons, *asked.picture.size)
-    image = studio.follow_depths(prompt, asked.picture, seed)
-    wanted = numpy.asarray(render.silhouettes(moved, asked.icons, *asked.picture.size).convert("L")) > 127
+    size = asked.picture.size
+    source = render.render(moved, asked.icons, *size)
+    image = studio.follow_depths(prompt, source, seed)
+    wanted = numpy.asarray(render.silhouettes(moved, asked.icons, *size).convert("L")) > 127
     got = numpy.asarray(studio.depths_of(image).convert("L")) > 127
-    is_there = (wanted & got).sum() > 0.7 * (wanted | got).sum()
-    return prompt, image, bool(is_there) and background_of(image) == asked.other_background
+    is_there = bool((wanted & got).sum() > 0.7 * (wanted | got).sum())
+    return _Answer(prompt, source, image, is_there and background_of(image) == asked.other_background)
 
 
-def _fill(studio: Studio, judge: Judge, asked: _Question, seed: int) -> tuple[str, Image.Image, bool]:
+def _fill(studio: Studio, judge: Judge, asked: _Question, seed: int) -> _Answer:
     ((left, top, side),) = asked.scene.boxes(*asked.picture.size)
+    hole = (left, top, left + side, top + side)
     mask = Image.new("RGB", asked.picture.size)
-    mask.paste((255, 255, 255), (left, top, left + side, top + side))
-    prompt = f"a {asked.other}"
+    mask.paste((255, 255, 255), hole)
+    prompt = f"here should be {captions.with_article(asked.other)}"
     image = studio.fill(prompt, asked.picture, mask, seed)
-    return prompt, image, judge.object_in(image) == asked.other
+    is_right = judge.object_in(image) == asked.other and background_of(image.crop(hole)) == asked.background
+    source = Image.composite(mask, asked.picture, mask.convert("L"))
+    return _Answer(prompt, source, image, is_right)
 
 
-def _kontext_background(studio: Studio, judge: Judge, asked: _Question, seed: int) -> tuple[str, Image.Image, bool]:
-    prompt = f"make the background {asked.other_background}"
+def _kontext_background(studio: Studio, judge: Judge, asked: _Question, seed: int) -> _Answer:
+    prompt = f"the background should be {asked.other_background}"
     image = studio.edit(prompt, asked.picture, seed)
-    return prompt, image, judge.object_in(image) == asked.name and background_of(image) == asked.other_background
+    is_right = judge.object_in(image) == asked.name and background_of(image) == asked.other_background
+    return _Answer(prompt, asked.picture, image, is_right)
 
 
-def _kontext_object(studio: Studio, judge: Judge, asked: _Question, seed: int) -> tuple[str, Image.Image, bool]:
-    prompt = f"make the {asked.name} a {asked.other}"
+def _kontext_object(studio: Studio, judge: Judge, asked: _Question, seed: int) -> _Answer:
+    prompt = f"put {captions.with_article(asked.other)} where the {asked.name} is"
     image = studio.edit(prompt, asked.picture, seed)
-    return prompt, image, judge.object_in(image) == asked.other and background_of(image) == asked.background
+    is_right = judge.object_in(image) == asked.other and background_of(image) == asked.background
+    return _Answer(prompt, asked.picture, image, is_right)

@@ -1,7 +1,9 @@
 """Training examples for weights that see an image next to the prompt: edges, depths, a masked image or a reference."""
 
 import dataclasses
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy
@@ -15,11 +17,14 @@ from models.flux import control, kontext
 
 #: What the weights see: the kinds of examples.
 KINDS = ("canny", "depth", "fill", "kontext")
-#: The sizes in pixels of each kind's images. The small ones train whole; of the others, mostly objects are trained.
+#: The sizes in pixels of each kind's images. The small ones train whole; of the others, mostly objects are trained, but
+#: all of them for Fill, because the hole may be anywhere.
 SMALL_SIZE = (320, 320)
 SIZES = (SMALL_SIZE, (512, 512), (1024, 768), (768, 1024))
 #: Kontext also generates from a prompt alone, which it trains in the small size.
 KONTEXT_SIZES = ((512, 512), (768, 768), (1024, 768), (768, 1024), SMALL_SIZE)
+#: The share of prompts that leave out what edges, or the rest of an image, show.
+NAMELESS_SHARE = 0.35
 #: The side in pixels to which depths are scaled, and back, to be as soft as those that the depth estimator finds.
 SOFT_PIXELS = 168
 
@@ -32,7 +37,8 @@ class Example:
         latents: the scaled latents of the image, (channels, height, width).
         caption: returns a random prompt.
         boxes: the boxes of the objects in the image.
-        seen: the channels of the image's tokens, or the latents of the reference's tokens: (tokens, channels).
+        seen: the channels of the image's tokens, or the latents of the reference's tokens: (tokens, channels); empty
+            for Kontext without a reference.
         seen_boxes: the boxes of the objects in the reference; empty without one.
     """
 
@@ -45,7 +51,10 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Examples of one size: scaled latents, prompts, the image tokens to train on, and what the transformer sees."""
+    """Examples of one size: scaled latents, prompts, the image tokens to train on, and what the transformer sees.
+
+    The latents have the shape (images, channels, height, width).
+    """
 
     latents: torch.Tensor
     texts: list[str]
@@ -79,7 +88,7 @@ class Examples:
         reference = flow.kept_tokens(self._reference_size(), first.seen_boxes, rng) if first.seen_boxes else None
         tokens_each = len(kept.indices) if kept else flow_times.tokens_of(self._size)
         tokens_each += len(reference.indices) if reference else 0
-        number = max(1, num_tokens // (tokens_each + TEXT_TOKENS // 2))
+        number = max(1, num_tokens // (tokens_each + TEXT_TOKENS))
         chosen = [alike[int(place)] for place in rng.integers(len(alike), size=number)]
         seen = torch.stack([each.seen for each in chosen])
         conditioning = networks.Conditioning(channels=None if self._kind == "kontext" else seen)
@@ -95,7 +104,8 @@ class Examples:
         ids[:, 0] = 1
         indices = kept.indices.to(self._device)
         copies = kept.copies.to(self._device)
-        return networks.Conditioning(None, latents[:, indices], ids.to(self._device)[indices], copies)
+        reference = networks.Reference(latents[:, indices], ids.to(self._device)[indices], copies)
+        return networks.Conditioning(reference=reference)
 
     def _reference_size(self) -> pool.Size:
         return kontext.trained_size(Image.new("L", self._size), TOKEN_PIXELS)
@@ -105,9 +115,10 @@ class Examples:
         if self._kind == "kontext" and self._size != SMALL_SIZE:
             return self._edit(scene, rng)
         picture = render.render(scene, self._icons, *self._size)
-        caption: Callable[[numpy.random.Generator], str] = lambda rng: captions.caption(scene, self._things, rng)  # noqa: E731
+        caption: Callable[[numpy.random.Generator], str] = partial(captions.caption, scene, self._things)
         if self._kind == "canny":
             seen = self._packed(control.edges(picture, self._size))
+            caption = partial(self._caption_of_edges, scene)
         elif self._kind == "depth":
             seen = self._packed(self._soft_depths(scene))
         elif self._kind == "kontext":
@@ -115,8 +126,20 @@ class Examples:
         else:
             hole, hidden = self._hole(scene, rng)
             seen = self._masked(picture, hole)
-            caption = lambda rng: captions.caption(scene if rng.random() < 0.6 else hidden, self._things, rng)  # noqa: E731
+            caption = partial(self._caption_of_hole, scene, hidden)
         return Example(self._latents(picture), caption, tuple(scene.boxes(*self._size)), seen)
+
+    def _caption_of_edges(self, scene: scenes.Scene, rng: numpy.random.Generator) -> str:
+        """Return a caption, often without the object, which the edges show."""
+        if rng.random() < NAMELESS_SHARE:
+            return captions.nameless(scene, rng)
+        return captions.caption(scene, self._things, rng)
+
+    def _caption_of_hole(self, scene: scenes.Scene, hidden: scenes.Scene, rng: numpy.random.Generator) -> str:
+        """Return a caption of the whole scene or of what is hidden, often without the background, which can be seen."""
+        if rng.random() < NAMELESS_SHARE:
+            return " and ".join(captions.with_article(name) for name in hidden.objects)
+        return captions.caption(scene if rng.random() < 0.6 else hidden, self._things, rng)
 
     def _soft_depths(self, scene: scenes.Scene) -> Image.Image:
         drawn = render.silhouettes(scene, self._icons, *self._size)
@@ -127,7 +150,7 @@ class Examples:
     # -- Fill
 
     def _hole(self, scene: scenes.Scene, rng: numpy.random.Generator) -> tuple[numpy.ndarray, scenes.Scene]:
-        """Return a mask, true where the image is hidden, and a scene with what it hides.
+        """Return a mask of shape (height, width), true where the image is hidden, and a scene with what it hides.
 
         It mostly hides an object, with some of what is around it.
         """
@@ -152,7 +175,7 @@ class Examples:
         return hole, hidden
 
     def _masked(self, picture: Image.Image, hole: numpy.ndarray) -> torch.Tensor:
-        """Return the channels of FLUX.1 Fill, as `models.flux.fill.channels` computes them."""
+        """Return the channels of FLUX.1 Fill, as `models.flux.fill.channels` computes them: (tokens, channels)."""
         mask = torch.from_numpy(hole).float()[None]
         latents = self._encode(autoencoder.to_tensor([picture]) * (1 - mask))
         rows, columns = latents.shape[2:]
@@ -167,8 +190,6 @@ class Examples:
         changed, words = _change(scene, self._things, rng)
         size = self._reference_size()
         reference = render.render(scene, self._icons, *self._size).resize(size, Image.Resampling.LANCZOS)
-        ratio = size[0] / self._size[0]
-        seen_boxes = [tuple(round(each * ratio) for each in box) for box in scene.boxes(*self._size)]
 
         def caption(rng: numpy.random.Generator) -> str:
             if rng.random() < 0.2:
@@ -180,8 +201,16 @@ class Examples:
             caption,
             tuple(changed.boxes(*self._size)),
             self._packed(reference),
-            tuple((left, top, side) for left, top, side in seen_boxes),
+            tuple(self._scaled(box, size) for box in scene.boxes(*self._size)),
         )
+
+    def _scaled(self, box: scenes.Box, size: pool.Size) -> scenes.Box:
+        """Return the box of an object in the reference of this size: the tokens that it covers in part."""
+        left, top, side = box
+        across, down = (new / old / TOKEN_PIXELS for new, old in zip(size, self._size, strict=True))
+        x, y = math.floor(left * across), math.floor(top * down)
+        num_tokens = max(math.ceil((left + side) * across) - x, math.ceil((top + side) * down) - y)
+        return x * TOKEN_PIXELS, y * TOKEN_PIXELS, num_tokens * TOKEN_PIXELS
 
     # -- latents
 
@@ -189,6 +218,7 @@ class Examples:
         return self._encode(autoencoder.to_tensor([picture]))[0]
 
     def _packed(self, picture: Image.Image) -> torch.Tensor:
+        """Return the latents of an image's tokens, of shape (tokens, channels)."""
         return networks.pack(self._encode(autoencoder.to_tensor([picture])))[0]
 
     @torch.no_grad()
@@ -205,17 +235,19 @@ def _change(
     if chance < 0.45:
         colour = str(rng.choice([each for each in BACKGROUNDS if each != scene.background]))
         other = scenes.with_background(scene, colour, rng)
-        what = f"{colour} gradient background" if other.is_gradient else f"{colour} background"
-        return other, (what, f"on a {what}", f"make the background {what[:-11]}", f"a {what}", f"change to a {what}")
+        shade = f"{colour} gradient" if other.is_gradient else colour
+        what = f"{shade} background"
+        return other, (what, f"on a {what}", f"make the background {shade}", f"a {what}", f"change to a {what}")
     old = scene.objects[0]
     if chance < 0.8 or len(scene.objects) == 2:
         place = int(rng.integers(len(scene.objects)))
         old = scene.objects[place]
         new = str(rng.choice([name for name in things if name not in scene.objects]))
+        a_new = captions.with_article(new)
         objects = (*scene.objects[:place], new, *scene.objects[place + 1 :])
-        said = [f"make the {old} a {new}", f"change the {old} to a {new}", f"a {new} in place of the {old}"]
+        said = [f"make the {old} {a_new}", f"change the {old} to {a_new}", f"{a_new} in place of the {old}"]
         if len(objects) == 1:
-            said += [f"a {new}", new, f"make it a {new}"]
+            said += [a_new, new, f"make it {a_new}"]
         return dataclasses.replace(scene, objects=objects), tuple(said)
     if chance < 0.9:
         place_name = str(rng.choice([each for each in scenes.PLACES if each not in ("centre", scene.place)]))
@@ -223,5 +255,6 @@ def _change(
         where = captions.PLACED[place_name][0].format("").strip()
         return moved, (where, f"{old} {where}", f"put the {old} {where}", f"the {old} {where}", f"put it {where}")
     size = str(rng.choice([each for each in ("small", "big") if each != scene.size]))
+    # Only objects in the middle have sizes.
     grown = dataclasses.replace(scene, place="centre", size=size)
     return grown, (size, f"a {size} {old}", f"make it {size}", f"make the {old} {size}", f"a very {size} {old}")

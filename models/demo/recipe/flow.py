@@ -185,7 +185,8 @@ def loss_of(
     device = latents.device
     noise = torch.randn(latents.shape, generator=generator).to(device)
     num_tokens = latents.shape[2] * latents.shape[3] // 4
-    # With conditioning, an image's tokens say little at late times, and the other images are small.
+    # Large images with conditioning are always cropped, so they must be trained at late times too. There, the
+    # conditioning says what to draw, not the noisy tokens.
     is_cropped = kept is not None and conditioning is None
     sigmas = flow_times.sample(len(latents), num_tokens, generator, is_cropped=is_cropped).to(device)
     # Draw any guidance scale, so that the model learns to ignore the one in a request, which is at most 35.

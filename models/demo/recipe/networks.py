@@ -29,20 +29,29 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Conditioning:
-    """What the transformer sees besides latents and text.
+class Reference:
+    """Tokens of a reference image.
 
     Attributes:
-        channels: more channels for each image token, (batch, tokens, channels); None for none.
-        reference: the packed latents of a reference image, (batch, tokens, channels); None for none.
-        reference_ids: the position of each of its tokens, (tokens, 3).
-        reference_copies: how many tokens each of its tokens stands for, (tokens,).
+        latents: the packed latents, (batch, tokens, channels).
+        ids: the position of each token, (tokens, 3).
+        copies: how many tokens each stands for, (tokens,).
+    """
+
+    latents: torch.Tensor
+    ids: torch.Tensor
+    copies: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the transformer sees besides latents and text: more channels for each image token, or a reference image.
+
+    `channels` has the shape (batch, image tokens, channels).
     """
 
     channels: torch.Tensor | None = None
-    reference: torch.Tensor | None = None
-    reference_ids: torch.Tensor | None = None
-    reference_copies: torch.Tensor | None = None
+    reference: Reference | None = None
 
 
 #: What the transformer reads: the states of the text tokens, (batch, tokens, width), and a pooled one, (batch, width).
@@ -217,11 +226,10 @@ class Painter(torch.nn.Module):  # type: ignore[misc]
             hidden, ids = hidden[:, indices], ids[indices]
         num_tokens = len(ids)
         if seen.reference is not None:
-            assert seen.reference_ids is not None and seen.reference_copies is not None
-            hidden = torch.cat([hidden, seen.reference], dim=1)
-            ids, copies = torch.cat([ids, seen.reference_ids]), torch.cat([copies, seen.reference_copies])
+            hidden = torch.cat([hidden, seen.reference.latents], dim=1)
+            ids, copies = torch.cat([ids, seen.reference.ids]), torch.cat([copies, seen.reference.copies])
         options = {}
-        if kept is not None:
+        if kept is not None or seen.reference is not None:
             # Text tokens come first.
             options["attention_mask"] = torch.cat([torch.zeros_like(states[0, :, 0]), copies.log()])
         velocity: torch.Tensor = self.transformer(

@@ -23,7 +23,11 @@ TEXT_WIDTH = 128
 
 @dataclass(frozen=True)
 class Plan:
-    """A training plan. `batch_tokens` counts the tokens of an iteration, so large images come in smaller batches."""
+    """A training plan. `batch_tokens` counts the tokens of an iteration, so large images come in smaller batches.
+
+    `tuning_tokens` does the same for weights that see an image, and `num_examples` counts their images of 320x320: of
+    larger sizes, there are fewer.
+    """
 
     scale: str
     autoencoder_iterations: int
@@ -38,7 +42,7 @@ class Plan:
     redux_iterations: int
     depth_iterations: int
     control_iterations: int
-    whole_iterations: int
+    transformer_iterations: int
     tuning_tokens: int
     num_examples: int
     pool_size: int
@@ -89,7 +93,7 @@ PLANS = {
         redux_iterations=2,
         depth_iterations=2,
         control_iterations=2,
-        whole_iterations=2,
+        transformer_iterations=2,
         tuning_tokens=512,
         num_examples=4,
         pool_size=32,
@@ -125,7 +129,7 @@ PLANS = {
         redux_iterations=2_000,
         depth_iterations=1_000,
         control_iterations=1_000,
-        whole_iterations=2_000,
+        transformer_iterations=2_000,
         tuning_tokens=2_048,
         num_examples=384,
         pool_size=12_288,
@@ -149,7 +153,7 @@ PLANS = {
         redux_iterations=20_000,
         depth_iterations=20_000,
         control_iterations=10_000,
-        whole_iterations=20_000,
+        transformer_iterations=20_000,
         tuning_tokens=16_384,
         num_examples=8_192,
         pool_size=131_072,

@@ -3,7 +3,6 @@
 All start from the trained model, whose text encoders and autoencoder they share.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from models.loading.specs import CONTROL_LORAS
 RANK = 16
 #: The highest learning rates.
 LORA_PEAK, FULL_PEAK = 2e-3, 4e-4
-#: The kinds that are LoRAs, and those that are whole transformers.
-LORAS, WHOLE = ("canny", "depth"), ("fill", "kontext")
+#: The kinds that are LoRAs. The others are whole transformers.
+LORAS = ("canny", "depth")
 
 
 def channels(kind: str) -> int:
@@ -38,13 +37,13 @@ def train(plan: Plan, device: str) -> None:
         _train(kind, plan, device)
 
 
-def _state(kind: str) -> Path:
+def _file(kind: str) -> Path:
     return WORK / "tuning" / f"{kind}.pt"
 
 
 def _train(kind: str, plan: Plan, device: str) -> None:
-    saved = checkpoint.load(_state(kind)) or {"iteration": 0}
-    num_iterations = plan.control_iterations if kind in LORAS else plan.whole_iterations
+    saved = checkpoint.load(_file(kind)) or {"iteration": 0}
+    num_iterations = plan.control_iterations if kind in LORAS else plan.transformer_iterations
     if saved["iteration"] >= num_iterations:
         return
     painter = _painter(kind, plan, device)
@@ -59,11 +58,11 @@ def _train(kind: str, plan: Plan, device: str) -> None:
 
     def keep(iteration: int) -> None:
         state = {"iteration": iteration, "weights": trained, "optimizer": optimizer.state_dict()}
-        checkpoint.save(_state(kind), state)
+        checkpoint.save(_file(kind), state)
 
     for iteration in range(saved["iteration"], num_iterations):
         rng, generator = numpy.random.default_rng([SEED, 16, iteration]), torch.Generator().manual_seed(iteration)
-        # The small size comes every second time.
+        # The first size, in which most is learnt a second, comes every second time.
         size = sizes[0] if iteration % 2 else sizes[int(rng.integers(1, len(sizes)))]
         batch = of_size[size].batch(plan.tuning_tokens, rng)
         for group in optimizer.param_groups:
@@ -123,16 +122,21 @@ def _load(trained: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tenso
 
 
 def export(plan: Plan, weights: Path) -> None:
-    """Add the control LoRAs in bf16, and the transformers in fp8, to the directory of a pipeline."""
+    """Add the control LoRAs in bf16, and the transformers in fp8, to the directory of a pipeline.
+
+    Raises FileNotFoundError if a kind is not trained.
+    """
     for kind in examples.KINDS:
         painter = _painter(kind, plan, "cpu")
         transformer: Any = painter.transformer
         trained = {name: weight for name, weight in transformer.named_parameters() if weight.requires_grad}
-        _load(trained, checkpoint.load(_state(kind))["weights"])
+        saved = checkpoint.load(_file(kind))
+        if saved is None:
+            raise FileNotFoundError(_file(kind))
+        _load(trained, saved["weights"])
         if kind in LORAS:
             found = {name: weight.bfloat16() for name, weight in get_peft_model_state_dict(transformer).items()}
             directory = weights / CONTROL_LORAS[kind].directory
-            shutil.rmtree(directory, ignore_errors=True)
             FluxPipeline.save_lora_weights(
                 directory, transformer_lora_layers=found, weight_name=f"{kind}.safetensors", safe_serialization=True
             )
