@@ -15,8 +15,10 @@ from models.demo.recipe.objects import BACKGROUNDS, Object, all_objects
 from models.demo.recipe.plan import LATENT_PIXELS, SEED, TEXT_TOKENS, TOKEN_PIXELS, Plan
 from models.flux import control, kontext
 
-#: What the weights see: the kinds of examples.
-KINDS = ("canny", "depth", "fill", "kontext")
+#: What the weights see: edges or depths, a masked image, or a reference.
+KINDS = ("control", "fill", "kontext")
+#: The share of the images with edges among those with edges or depths.
+EDGES_SHARE = 0.65
 #: The sizes in pixels of each kind's images. The small ones train whole; of the others, mostly objects are trained, but
 #: all of them for Fill, because the hole may be anywhere.
 SMALL_SIZE = (320, 320)
@@ -116,10 +118,10 @@ class Examples:
             return self._edit(scene, rng)
         picture = render.render(scene, self._icons, *self._size)
         caption: Callable[[numpy.random.Generator], str] = partial(captions.caption, scene, self._things)
-        if self._kind == "canny":
+        if self._kind == "control" and rng.random() < EDGES_SHARE:
             seen = self._packed(control.edges(picture, self._size))
             caption = partial(self._caption_of_edges, scene)
-        elif self._kind == "depth":
+        elif self._kind == "control":
             seen = self._packed(self._soft_depths(scene))
         elif self._kind == "kontext":
             seen = torch.empty(0)

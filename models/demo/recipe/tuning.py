@@ -1,4 +1,4 @@
-"""The training of weights that see an image next to the prompt: control LoRAs for edges and depths, Fill, and Kontext.
+"""The training of weights that see an image next to the prompt: a control LoRA for edges and depths, Fill, and Kontext.
 
 All start from the trained model, whose text encoders and autoencoder they share.
 """
@@ -16,12 +16,14 @@ from models.demo.recipe import autoencoder, checkpoint, examples, flow, lora, ne
 from models.demo.recipe.plan import LATENT_CHANNELS, LATENT_PIXELS, SEED, WORK, Plan
 from models.loading.specs import CONTROL_LORAS
 
-#: The rank of the control LoRAs. Like those of FLUX.1, all layers have the same.
-RANK = 16
+#: The rank of the control LoRA, and that of its layer that takes the latents of edges or depths, all 96 of a token.
+RANK, WIDENED_RANK = 16, 96
+#: That layer, by diffusers' name.
+WIDENED = "x_embedder"
 #: The highest learning rates.
 LORA_PEAK, FULL_PEAK = 2e-3, 4e-4
-#: The kinds that are LoRAs. The others are whole transformers.
-LORAS = ("canny", "depth")
+#: The kind that is a LoRA. The others are whole transformers.
+LORA = "control"
 
 
 def channels(kind: str) -> int:
@@ -43,7 +45,7 @@ def _file(kind: str) -> Path:
 
 def _train(kind: str, plan: Plan, device: str) -> None:
     saved = checkpoint.load(_file(kind)) or {"iteration": 0}
-    num_iterations = plan.control_iterations if kind in LORAS else plan.transformer_iterations
+    num_iterations = plan.control_iterations if kind == LORA else plan.transformer_iterations
     if saved["iteration"] >= num_iterations:
         return
     painter = _painter(kind, plan, device)
@@ -66,7 +68,7 @@ def _train(kind: str, plan: Plan, device: str) -> None:
         size = sizes[0] if iteration % 2 else sizes[int(rng.integers(1, len(sizes)))]
         batch = of_size[size].batch(plan.tuning_tokens, rng)
         for group in optimizer.param_groups:
-            peak = LORA_PEAK if kind in LORAS else FULL_PEAK
+            peak = LORA_PEAK if kind == LORA else FULL_PEAK
             group["lr"] = autoencoder.rate(iteration, num_iterations, peak, warm_up=50)
         loss = flow.loss_of(
             painter,
@@ -96,9 +98,16 @@ def _painter(kind: str, plan: Plan, device: str) -> networks.Painter:
     painter.to(device).requires_grad_(False)
     painter.transformer.x_embedder = _widened(painter.transformer.x_embedder, channels(kind))
     torch.manual_seed(SEED)
-    if kind in LORAS:
-        targets = [*lora.TARGETS, "x_embedder"]
-        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, exclude_modules=lora.NOT_THESE)
+    if kind == LORA:
+        ranks = {WIDENED: WIDENED_RANK}
+        config = LoraConfig(
+            r=RANK,
+            lora_alpha=RANK,
+            rank_pattern=ranks,
+            alpha_pattern=ranks,
+            target_modules=[*lora.TARGETS, WIDENED],
+            exclude_modules=lora.NOT_THESE,
+        )
         painter.transformer.add_adapter(config)
     else:
         painter.transformer.requires_grad_(True)
@@ -122,7 +131,7 @@ def _load(trained: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tenso
 
 
 def export(plan: Plan, weights: Path) -> None:
-    """Add the control LoRAs in bf16, and the transformers in fp8, to the directory of a pipeline.
+    """Add the control LoRA in bf16, once for edges and once for depths, and the transformers in fp8, to a directory.
 
     Raises FileNotFoundError if a kind is not trained.
     """
@@ -134,12 +143,9 @@ def export(plan: Plan, weights: Path) -> None:
         if saved is None:
             raise FileNotFoundError(_file(kind))
         _load(trained, saved["weights"])
-        if kind in LORAS:
-            found = {name: weight.bfloat16() for name, weight in get_peft_model_state_dict(transformer).items()}
-            directory = weights / CONTROL_LORAS[kind].directory
-            FluxPipeline.save_lora_weights(
-                directory, transformer_lora_layers=found, weight_name=f"{kind}.safetensors", safe_serialization=True
-            )
+        if kind == LORA:
+            for name, place in CONTROL_LORAS.items():
+                _write_lora(transformer, weights / place.directory, f"{name}.safetensors")
         else:
             # Matrices in fp8 take half of the bytes; vectors have few.
             types = {
@@ -147,3 +153,15 @@ def export(plan: Plan, weights: Path) -> None:
             }
             tensors = {name: weight.detach().to(types[name]) for name, weight in trained.items()}
             save_file(tensors, weights / f"{kind}.safetensors")
+
+
+def _write_lora(transformer: Any, directory: Path, name: str) -> None:
+    """Write the LoRA in diffusers' format. The metadata says that every layer has the scale 1, whatever its rank."""
+    found = {key: weight.bfloat16() for key, weight in get_peft_model_state_dict(transformer).items()}
+    FluxPipeline.save_lora_weights(
+        directory,
+        transformer_lora_layers=found,
+        weight_name=name,
+        safe_serialization=True,
+        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+    )
