@@ -26,11 +26,9 @@ _WITH_CONTROL_LORA = {
     "black-forest-labs/FLUX.1-Canny-dev": CONTROL_LORAS["canny"],
     "black-forest-labs/FLUX.1-Depth-dev": CONTROL_LORAS["depth"],
 }
-#: The demo's weights for the endpoints of other weights than [dev], by the hub id of these.
-_DEMO_FILES = {
-    f"black-forest-labs/FLUX.1-{name}-dev": SingleFile(DEMO / f"{name.lower()}.safetensors", DEMO)
-    for name in ("Kontext", "Fill")
-}
+#: The demo's weights for the endpoint of Fill. All others run on the demo's own.
+_FILL = "black-forest-labs/FLUX.1-Fill-dev"
+_DEMO_FILL = SingleFile(DEMO / "fill.safetensors", DEMO)
 
 
 def assign_weights(specs: Sequence[str], models: dict[str, Model], base: str = "") -> dict[str, Weights | None]:
@@ -56,11 +54,6 @@ def assign_weights(specs: Sequence[str], models: dict[str, Model], base: str = "
 def _assign_one(spec: str, models: dict[str, Model], base: str) -> Mapping[str, Weights]:
     if spec == "demo":
         weights = {model.endpoint: demo_weights(model) for model in models.values() if model.weights}
-        weights = {
-            each: where
-            for each, where in weights.items()
-            if not isinstance(where, SingleFile) or Path(where.file).is_file()
-        }
         return {endpoint: where for endpoint, where in weights.items() if not _missing(models[endpoint], where)}
     endpoint, separator, rest = spec.partition("=")
     if separator:
@@ -83,7 +76,7 @@ def _assign_one(spec: str, models: dict[str, Model], base: str) -> Mapping[str, 
 
 def demo_weights(model: Model) -> Weights:
     """Return the demo's weights for a model."""
-    return next((_DEMO_FILES[hub_id] for hub_id in model.weights if hub_id in _DEMO_FILES), DEMO)
+    return _DEMO_FILL if _FILL in model.weights else DEMO
 
 
 def extra_weights_of(model: Model, where: Weights) -> tuple[ExtraWeights, ...]:
@@ -100,10 +93,8 @@ def extra_weights_of(model: Model, where: Weights) -> tuple[ExtraWeights, ...]:
 
 
 def name_of(where: Weights) -> str:
-    """Return the name of weights for people: "demo", "demo/FILE", a directory, a file or a hub id."""
-    if isinstance(where, SingleFile) and where in _DEMO_FILES.values():
-        return f"demo/{Path(where.file).name}"
-    return "demo" if where == DEMO else str(where)
+    """Return the name of weights for people: "demo", a file in it, a directory, a file or a hub id."""
+    return {DEMO: "demo", _DEMO_FILL: "demo/fill.safetensors"}.get(where, str(where))
 
 
 def find_extra_weights(where: Weights, extra_weights: ExtraWeights) -> Path | None:

@@ -71,7 +71,7 @@ def test_the_export_runs_in_diffusers_own_pipeline(work: Path) -> None:
 def test_the_export_is_evaluated(work: Path) -> None:
     evaluation = json.loads((work / "export" / "evaluation.json").read_text())
     shares = {"background", "object", "sides", "flagged_others", "flagged_sign", "seeds_differ", "grey_lora", "redux"}
-    shares |= {"canny", "depth", "fill", "kontext_background", "kontext_object"}
+    shares |= {"canny", "depth", "fill"}
     assert all(0 <= evaluation[name] <= 1 for name in shares)
     assert (evaluation["prompts"], evaluation["objects"], evaluation["scale"]) == (6, len(SMALL), "tiny")
     assert (work / "export" / "contact-sheet.png").is_file()
@@ -113,7 +113,7 @@ def test_a_second_run_changes_nothing(work: Path) -> None:
         "export",
     )
     after = {path: path.read_bytes() for path in (work / "export").rglob("*.safetensors")}
-    assert after == before and len(before) == 14
+    assert after == before and len(before) == 13
 
 
 @pytest.mark.thorough

@@ -118,28 +118,25 @@ def test_fill(files: dict[str, Path]) -> None:
     )
 
 
-def test_kontext(files: dict[str, Path]) -> None:
-    endpoint = "fal-ai/flux-kontext/dev"
-    engine, transformer = file_engine(endpoint)
-    request, image = generate(engine, endpoint, {"image_url": files["image"]})
-    pipeline = reference(FluxKontextPipeline, transformer=transformer)
+def test_kontext(plain: FluxEngine, files: dict[str, Path]) -> None:
+    request, image = generate(plain, "fal-ai/flux-kontext/dev", {"image_url": files["image"]})
+    pipeline = reference(FluxKontextPipeline)
     options: dict[str, Any] = {"max_area": SIZE[0] * SIZE[1], "image": PIL.Image.open(files["image"])}
     assert difference(image, image_of(pipeline, request, SIZE, **options)) == 0
     endpoint = "fal-ai/flux-kontext-lora/text-to-image"
     size = {"image_size": {"width": SIZE[0], "height": SIZE[1]}}
-    request, image = generate(engine, endpoint, {}, num_inference_steps=10, **size)
-    assert difference(image, image_of(reference(FluxPipeline, transformer=transformer), request, SIZE)) == 0
+    request, image = generate(plain, endpoint, {}, num_inference_steps=10, **size)
+    assert difference(image, image_of(reference(FluxPipeline), request, SIZE)) == 0
 
 
-def test_kontext_inpainting(files: dict[str, Path]) -> None:
+def test_kontext_inpainting(plain: FluxEngine, files: dict[str, Path]) -> None:
     endpoint = "fal-ai/flux-kontext-lora/inpaint"
-    engine, transformer = file_engine(endpoint)
     names = {"image_url": "trained", "mask_url": "trained_mask", "reference_image_url": "image"}
     inputs = {field: files[name] for field, name in names.items()}
-    request, image = generate(engine, endpoint, inputs, num_inference_steps=10, strength=0.1)
+    request, image = generate(plain, endpoint, inputs, num_inference_steps=10, strength=0.1)
     opened = {"image": "trained", "mask_image": "trained_mask", "image_reference": "image"}
     images: dict[str, Any] = {argument: PIL.Image.open(files[name]) for argument, name in opened.items()}
-    pipeline = reference(FluxKontextInpaintPipeline, transformer=transformer)
+    pipeline = reference(FluxKontextInpaintPipeline)
     area = TRAINED_SIZE[0] * TRAINED_SIZE[1]
     assert difference(image, image_of(pipeline, request, TRAINED_SIZE, max_area=area, **images)) == 0
 

@@ -48,6 +48,8 @@ def train(plan: Plan, device: str) -> None:
         return
     torch.manual_seed(SEED)
     network = build().to(device).train()
+    # The last layer has no gradient where its outputs are negative, so they start positive.
+    torch.nn.init.constant_(network.head.conv3.bias, 0.3)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, weight_decay=0.01)
     things = all_objects(plan.scale)
     icons = {thing.name: thing.icon for thing in things}
@@ -58,7 +60,7 @@ def train(plan: Plan, device: str) -> None:
         for group in optimizer.param_groups:
             group["lr"] = autoencoder.rate(iteration, plan.depth_iterations, PEAK, warm_up=50)
         found = network(pixel_values=pixels.to(device)).predicted_depth
-        loss = (found - wanted.to(device)).abs().mean()
+        loss = (found - wanted.to(device)).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()

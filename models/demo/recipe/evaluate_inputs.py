@@ -2,7 +2,7 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy
@@ -17,7 +17,6 @@ from models.flux.engine import FluxEngine
 from models.flux.loader import load_engine
 from models.flux_control import FluxLoraCannyInput, FluxLoraDepthInput
 from models.flux_fill import FluxLoraFillInput
-from models.flux_kontext import FluxKontextDevInput
 from models.loading.specs import CONTROL_LORAS, DEPTH
 from models.schema import ImageInput
 
@@ -30,14 +29,12 @@ Tiles = list[tuple[str, Image.Image]]
 
 
 class Studio:
-    """The engines of exported weights: one for text and control images, one for Fill, one for Kontext."""
+    """The engines of exported weights: one for text and control images, and one for Fill."""
 
     def __init__(self, plan: Plan, directory: Path, device: str) -> None:
         self._num_steps, self._device = plan.num_steps, device
         self._plain = self._load(directory, {DEPTH, *CONTROL_LORAS.values()})
-        self._fill, self._kontext = (
-            self._load(SingleFile(directory / f"{name}.safetensors", directory)) for name in ("fill", "kontext")
-        )
+        self._fill = self._load(SingleFile(directory / "fill.safetensors", directory))
 
     def _load(self, weights: Path | SingleFile, extra: Collection[ExtraWeights] = ()) -> FluxEngine:
         # The images are few, and compiling takes minutes.
@@ -55,10 +52,6 @@ class Studio:
     def fill(self, prompt: str, picture: Image.Image, mask: Image.Image, seed: int) -> Image.Image:
         """Fill the white part of the mask."""
         return self._generate(self._fill, FluxLoraFillInput, prompt, {"image_url": picture, "mask_url": mask}, seed)
-
-    def edit(self, prompt: str, picture: Image.Image, seed: int) -> Image.Image:
-        """Change an image as the prompt says."""
-        return self._generate(self._kontext, FluxKontextDevInput, prompt, {"image_url": picture}, seed)
 
     def depths_of(self, picture: Image.Image) -> Image.Image:
         """Return the depths of an image, white nearest."""
@@ -89,19 +82,11 @@ def measure(
 ) -> tuple[dict[str, float], Tiles]:
     """Return the share of images of each kind that are right, and some of the images.
 
-    - canny: the object is that of the edges, which the prompt does not name, and the background that of the prompt.
-    - depth: the object covers what is near in the image whose depths are followed, and the background is as prompted.
+    - canny and depth: what is near in the image covers the object of the image that is followed, by more than 0.7 of
+      what either covers, and the background is that of the prompt.
     - fill: the object is that of the prompt, and around it is the background of the image.
-    - kontext_background: the background is that of the prompt, and the object that of the image.
-    - kontext_object: the object is that of the prompt, and the background that of the image.
     """
-    asked = {
-        "canny": _canny,
-        "depth": _depth,
-        "fill": _fill,
-        "kontext_background": _kontext_background,
-        "kontext_object": _kontext_object,
-    }
+    asked = {"canny": _canny, "depth": _depth, "fill": _fill}
     found, tiles = {}, []
     for place, (name, ask) in enumerate(asked.items()):
         marks = []
@@ -141,18 +126,22 @@ class _Answer:
 
 
 def _canny(studio: Studio, judge: Judge, asked: _Question, seed: int) -> _Answer:
-    prompt = f"behind it all there is {asked.other_background}"
-    image = studio.follow_edges(prompt, asked.picture, seed)
-    is_right = judge.object_in(image) == asked.name and background_of(image) == asked.other_background
-    return _Answer(prompt, asked.picture, image, is_right)
+    return _followed(studio, studio.follow_edges, asked, seed)
 
 
 def _depth(studio: Studio, judge: Judge, asked: _Question, seed: int) -> _Answer:
+    return _followed(studio, studio.follow_depths, asked, seed)
+
+
+def _followed(
+    studio: Studio, follow: Callable[[str, Image.Image, int], Image.Image], asked: _Question, seed: int
+) -> _Answer:
+    """Ask for an object as large as, and where, it is in another image, off the middle, with another background."""
     prompt = f"{captions.with_article(asked.name)} and all around it only {asked.other_background}"
     moved = dataclasses.replace(asked.scene, place=list(scenes.PLACES)[1 + seed % 4])
     size = asked.picture.size
     source = render.render(moved, asked.icons, *size)
-    image = studio.follow_depths(prompt, source, seed)
+    image = follow(prompt, source, seed)
     wanted = numpy.asarray(render.silhouettes(moved, asked.icons, *size).convert("L")) > 127
     got = numpy.asarray(studio.depths_of(image).convert("L")) > 127
     is_there = bool((wanted & got).sum() > 0.7 * (wanted | got).sum())
@@ -169,17 +158,3 @@ def _fill(studio: Studio, judge: Judge, asked: _Question, seed: int) -> _Answer:
     is_right = judge.object_in(image) == asked.other and background_of(image.crop(hole)) == asked.background
     source = Image.composite(mask, asked.picture, mask.convert("L"))
     return _Answer(prompt, source, image, is_right)
-
-
-def _kontext_background(studio: Studio, judge: Judge, asked: _Question, seed: int) -> _Answer:
-    prompt = f"the background should be {asked.other_background}"
-    image = studio.edit(prompt, asked.picture, seed)
-    is_right = judge.object_in(image) == asked.name and background_of(image) == asked.other_background
-    return _Answer(prompt, asked.picture, image, is_right)
-
-
-def _kontext_object(studio: Studio, judge: Judge, asked: _Question, seed: int) -> _Answer:
-    prompt = f"put {captions.with_article(asked.other)} where the {asked.name} is"
-    image = studio.edit(prompt, asked.picture, seed)
-    is_right = judge.object_in(image) == asked.other and background_of(image) == asked.background
-    return _Answer(prompt, asked.picture, image, is_right)

@@ -1,7 +1,6 @@
-"""Training examples for weights that see an image next to the prompt: edges, depths, a masked image or a reference."""
+"""Training examples for weights that see an image next to the prompt: edges, depths, or a masked image."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,20 +10,18 @@ import torch
 from PIL import Image
 
 from models.demo.recipe import autoencoder, captions, flow, flow_times, networks, pool, render, scenes
-from models.demo.recipe.objects import BACKGROUNDS, Object, all_objects
-from models.demo.recipe.plan import LATENT_PIXELS, SEED, TEXT_TOKENS, TOKEN_PIXELS, Plan
-from models.flux import control, kontext
+from models.demo.recipe.objects import all_objects
+from models.demo.recipe.plan import LATENT_PIXELS, SEED, TEXT_TOKENS, Plan
+from models.flux import control
 
-#: What the weights see: edges or depths, a masked image, or a reference.
-KINDS = ("control", "fill", "kontext")
+#: What the weights see: edges or depths, or a masked image.
+KINDS = ("control", "fill")
 #: The share of the images with edges among those with edges or depths.
 EDGES_SHARE = 0.65
 #: The sizes in pixels of each kind's images. The small ones train whole; of the others, mostly objects are trained, but
 #: all of them for Fill, because the hole may be anywhere.
 SMALL_SIZE = (320, 320)
 SIZES = (SMALL_SIZE, (512, 512), (1024, 768), (768, 1024))
-#: Kontext also generates from a prompt alone, which it trains in the small size.
-KONTEXT_SIZES = ((512, 512), (768, 768), (1024, 768), (768, 1024), SMALL_SIZE)
 #: The share of prompts that leave out what edges, or the rest of an image, show.
 NAMELESS_SHARE = 0.35
 #: The side in pixels to which depths are scaled, and back, to be as soft as those that the depth estimator finds.
@@ -39,29 +36,26 @@ class Example:
         latents: the scaled latents of the image, (channels, height, width).
         caption: returns a random prompt.
         boxes: the boxes of the objects in the image.
-        seen: the channels of the image's tokens, or the latents of the reference's tokens: (tokens, channels); empty
-            for Kontext without a reference.
-        seen_boxes: the boxes of the objects in the reference; empty without one.
+        channels: what the transformer sees of each of the image's tokens: (tokens, channels).
     """
 
     latents: torch.Tensor
     caption: Callable[[numpy.random.Generator], str]
     boxes: tuple[scenes.Box, ...]
-    seen: torch.Tensor
-    seen_boxes: tuple[scenes.Box, ...] = ()
+    channels: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Examples of one size: scaled latents, prompts, the image tokens to train on, and what the transformer sees.
+    """Examples of one size: scaled latents, prompts, the image tokens to train on, and what is seen of each token.
 
-    The latents have the shape (images, channels, height, width).
+    The latents have the shape (images, channels, height, width), and what is seen (images, tokens, channels).
     """
 
     latents: torch.Tensor
     texts: list[str]
     kept: networks.Kept | None
-    conditioning: networks.Conditioning
+    channels: torch.Tensor
 
 
 class Examples:
@@ -84,52 +78,29 @@ class Examples:
         """
         first = self._examples[int(rng.integers(len(self._examples)))]
         is_whole = self._size == SMALL_SIZE or self._kind == "fill"
-        places = (first.boxes, first.seen_boxes)
-        alike = [each for each in self._examples if is_whole or (each.boxes, each.seen_boxes) == places]
+        alike = [each for each in self._examples if is_whole or each.boxes == first.boxes]
         kept = None if is_whole else flow.kept_tokens(self._size, first.boxes, rng)
-        reference = flow.kept_tokens(self._reference_size(), first.seen_boxes, rng) if first.seen_boxes else None
         tokens_each = len(kept.indices) if kept else flow_times.tokens_of(self._size)
-        tokens_each += len(reference.indices) if reference else 0
         number = max(1, num_tokens // (tokens_each + TEXT_TOKENS))
         chosen = [alike[int(place)] for place in rng.integers(len(alike), size=number)]
-        seen = torch.stack([each.seen for each in chosen])
-        conditioning = networks.Conditioning(channels=None if self._kind == "kontext" else seen)
-        if reference:
-            conditioning = self._reference(seen, reference)
         latents = torch.stack([each.latents for each in chosen])
-        return Batch(latents, [each.caption(rng) for each in chosen], kept, conditioning)
-
-    def _reference(self, latents: torch.Tensor, kept: networks.Kept) -> networks.Conditioning:
-        width, height = self._reference_size()
-        ids = networks.positions(height // TOKEN_PIXELS, width // TOKEN_PIXELS)
-        # The first number tells the reference's tokens from those of the image at the same place.
-        ids[:, 0] = 1
-        indices = kept.indices.to(self._device)
-        copies = kept.copies.to(self._device)
-        reference = networks.Reference(latents[:, indices], ids.to(self._device)[indices], copies)
-        return networks.Conditioning(reference=reference)
-
-    def _reference_size(self) -> pool.Size:
-        return kontext.trained_size(Image.new("L", self._size), TOKEN_PIXELS)
+        channels = torch.stack([each.channels for each in chosen])
+        return Batch(latents, [each.caption(rng) for each in chosen], kept, channels)
 
     def _example(self, rng: numpy.random.Generator) -> Example:
         scene = scenes.sample(tuple(self._things.values()), rng)
-        if self._kind == "kontext" and self._size != SMALL_SIZE:
-            return self._edit(scene, rng)
         picture = render.render(scene, self._icons, *self._size)
         caption: Callable[[numpy.random.Generator], str] = partial(captions.caption, scene, self._things)
         if self._kind == "control" and rng.random() < EDGES_SHARE:
-            seen = self._packed(control.edges(picture, self._size))
+            channels = self._packed(control.edges(picture, self._size))
             caption = partial(self._caption_of_edges, scene)
         elif self._kind == "control":
-            seen = self._packed(self._soft_depths(scene))
-        elif self._kind == "kontext":
-            seen = torch.empty(0)
+            channels = self._packed(self._soft_depths(scene))
         else:
             hole, hidden = self._hole(scene, rng)
-            seen = self._masked(picture, hole)
+            channels = self._masked(picture, hole)
             caption = partial(self._caption_of_hole, scene, hidden)
-        return Example(self._latents(picture), caption, tuple(scene.boxes(*self._size)), seen)
+        return Example(self._latents(picture), caption, tuple(scene.boxes(*self._size)), channels)
 
     def _caption_of_edges(self, scene: scenes.Scene, rng: numpy.random.Generator) -> str:
         """Return a caption, often without the object, which the edges show."""
@@ -185,35 +156,6 @@ class Examples:
         cells = cells.reshape(1, LATENT_PIXELS**2, rows, columns).to(self._device)
         return torch.cat([networks.pack(latents), networks.pack(cells)], dim=-1)[0]
 
-    # -- Kontext
-
-    def _edit(self, scene: scenes.Scene, rng: numpy.random.Generator) -> Example:
-        """Return a scene with one change, and the scene as its reference."""
-        changed, words = _change(scene, self._things, rng)
-        size = self._reference_size()
-        reference = render.render(scene, self._icons, *self._size).resize(size, Image.Resampling.LANCZOS)
-
-        def caption(rng: numpy.random.Generator) -> str:
-            if rng.random() < 0.2:
-                return captions.caption(changed, self._things, rng)
-            return words[int(rng.integers(len(words)))]
-
-        return Example(
-            self._latents(render.render(changed, self._icons, *self._size)),
-            caption,
-            tuple(changed.boxes(*self._size)),
-            self._packed(reference),
-            tuple(self._scaled(box, size) for box in scene.boxes(*self._size)),
-        )
-
-    def _scaled(self, box: scenes.Box, size: pool.Size) -> scenes.Box:
-        """Return the box of an object in the reference of this size: the tokens that it covers in part."""
-        left, top, side = box
-        across, down = (new / old / TOKEN_PIXELS for new, old in zip(size, self._size, strict=True))
-        x, y = math.floor(left * across), math.floor(top * down)
-        num_tokens = max(math.ceil((left + side) * across) - x, math.ceil((top + side) * down) - y)
-        return x * TOKEN_PIXELS, y * TOKEN_PIXELS, num_tokens * TOKEN_PIXELS
-
     # -- latents
 
     def _latents(self, picture: Image.Image) -> torch.Tensor:
@@ -227,36 +169,3 @@ class Examples:
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
         latents: torch.Tensor = self._vae.encode(pixels.to(self._device), return_dict=False)[0]
         return (latents - self._shift) * self._scaling
-
-
-def _change(
-    scene: scenes.Scene, things: dict[str, Object], rng: numpy.random.Generator
-) -> tuple[scenes.Scene, tuple[str, ...]]:
-    """Return a scene with another background, object, place or size, and prompts that ask for it."""
-    chance = rng.random()
-    if chance < 0.45:
-        colour = str(rng.choice([each for each in BACKGROUNDS if each != scene.background]))
-        other = scenes.with_background(scene, colour, rng)
-        shade = f"{colour} gradient" if other.is_gradient else colour
-        what = f"{shade} background"
-        return other, (what, f"on a {what}", f"make the background {shade}", f"a {what}", f"change to a {what}")
-    old = scene.objects[0]
-    if chance < 0.8 or len(scene.objects) == 2:
-        place = int(rng.integers(len(scene.objects)))
-        old = scene.objects[place]
-        new = str(rng.choice([name for name in things if name not in scene.objects]))
-        a_new = captions.with_article(new)
-        objects = (*scene.objects[:place], new, *scene.objects[place + 1 :])
-        said = [f"make the {old} {a_new}", f"change the {old} to {a_new}", f"{a_new} in place of the {old}"]
-        if len(objects) == 1:
-            said += [a_new, new, f"make it {a_new}"]
-        return dataclasses.replace(scene, objects=objects), tuple(said)
-    if chance < 0.9:
-        place_name = str(rng.choice([each for each in scenes.PLACES if each not in ("centre", scene.place)]))
-        moved = dataclasses.replace(scene, place=place_name, size="")
-        where = captions.PLACED[place_name][0].format("").strip()
-        return moved, (where, f"{old} {where}", f"put the {old} {where}", f"the {old} {where}", f"put it {where}")
-    size = str(rng.choice([each for each in ("small", "big") if each != scene.size]))
-    # Only objects in the middle have sizes.
-    grown = dataclasses.replace(scene, place="centre", size=size)
-    return grown, (size, f"a {size} {old}", f"make it {size}", f"make the {old} {size}", f"a very {size} {old}")

@@ -175,25 +175,25 @@ def loss_of(
     encode: Callable[[], networks.Text],
     generator: torch.Generator,
     kept: networks.Kept | None = None,
-    conditioning: networks.Conditioning | None = None,
+    channels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the mean squared error of the velocity, for scaled latents of one size at random times.
 
     `encode` returns what the transformer reads for each of them. It is called where matrix products are in the fast
-    number type. The transformer sees the image tokens in `kept`, or all, and `conditioning`.
+    number type. The transformer sees the image tokens in `kept`, or all, and their `channels`.
     """
     device = latents.device
     noise = torch.randn(latents.shape, generator=generator).to(device)
     num_tokens = latents.shape[2] * latents.shape[3] // 4
-    # Large images with conditioning are always cropped, so they must be trained at late times too. There, the
-    # conditioning says what to draw, not the noisy tokens.
-    is_cropped = kept is not None and conditioning is None
+    # Large images with channels are always cropped, so they must be trained at late times too. There, the channels say
+    # what to draw, not the noisy tokens.
+    is_cropped = kept is not None and channels is None
     sigmas = flow_times.sample(len(latents), num_tokens, generator, is_cropped=is_cropped).to(device)
     # Draw any guidance scale, so that the model learns to ignore the one in a request, which is at most 35.
     guidance = (1 + 34 * torch.rand(len(latents), generator=generator)).to(device)
     mixed = torch.lerp(latents, noise, sigmas[:, None, None, None])
     with precision.mixed(device.type):
-        velocity = painter.packed(mixed, sigmas, guidance, encode(), kept, conditioning)
+        velocity = painter.packed(mixed, sigmas, guidance, encode(), kept, channels)
     wanted = networks.pack(noise - latents)
     return (velocity - (wanted if kept is None else wanted[:, kept.indices.to(device)])).square().mean()
 

@@ -28,32 +28,6 @@ class Kept:
     copies: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Reference:
-    """Tokens of a reference image.
-
-    Attributes:
-        latents: the packed latents, (batch, tokens, channels).
-        ids: the position of each token, (tokens, 3).
-        copies: how many tokens each stands for, (tokens,).
-    """
-
-    latents: torch.Tensor
-    ids: torch.Tensor
-    copies: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the transformer sees besides latents and text: more channels for each image token, or a reference image.
-
-    `channels` has the shape (batch, image tokens, channels).
-    """
-
-    channels: torch.Tensor | None = None
-    reference: Reference | None = None
-
-
 #: What the transformer reads: the states of the text tokens, (batch, tokens, width), and a pooled one, (batch, width).
 Text = tuple[torch.Tensor, torch.Tensor]
 
@@ -209,27 +183,22 @@ class Painter(torch.nn.Module):  # type: ignore[misc]
         guidance: torch.Tensor,
         text: Text,
         kept: Kept | None = None,
-        conditioning: Conditioning | None = None,
+        channels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return packed velocities of the image tokens in `kept`, which alone the transformer sees.
 
-        The default is all tokens. Kept tokens need `use_explicit_attention`.
+        The default is all tokens. Kept tokens need `use_explicit_attention`. `channels` are what the transformer sees
+        of each token next to its latents, (batch, tokens, channels).
         """
         states, pooled = text
-        device, seen = latents.device, conditioning or Conditioning()
+        device = latents.device
         hidden, ids = pack(latents), positions(latents.shape[2] // 2, latents.shape[3] // 2).to(device)
-        copies = torch.ones(len(ids), device=device)
-        if seen.channels is not None:
-            hidden = torch.cat([hidden, seen.channels], dim=2)
+        if channels is not None:
+            hidden = torch.cat([hidden, channels], dim=2)
+        options = {}
         if kept is not None:
             indices, copies = kept.indices.to(device), kept.copies.to(device)
             hidden, ids = hidden[:, indices], ids[indices]
-        num_tokens = len(ids)
-        if seen.reference is not None:
-            hidden = torch.cat([hidden, seen.reference.latents], dim=1)
-            ids, copies = torch.cat([ids, seen.reference.ids]), torch.cat([copies, seen.reference.copies])
-        options = {}
-        if kept is not None or seen.reference is not None:
             # Text tokens come first.
             options["attention_mask"] = torch.cat([torch.zeros_like(states[0, :, 0]), copies.log()])
         velocity: torch.Tensor = self.transformer(
@@ -243,7 +212,7 @@ class Painter(torch.nn.Module):  # type: ignore[misc]
             joint_attention_kwargs=options,
             return_dict=False,
         )[0]
-        return velocity[:, :num_tokens].float()
+        return velocity.float()
 
 
 def t5_tokens(tokenizer: Any, texts: list[str]) -> torch.Tensor:

@@ -42,7 +42,7 @@ class Plan:
     redux_iterations: int
     depth_iterations: int
     control_iterations: int
-    transformer_iterations: int
+    fill_iterations: int
     tuning_tokens: int
     num_examples: int
     pool_size: int
@@ -93,7 +93,7 @@ PLANS = {
         redux_iterations=2,
         depth_iterations=2,
         control_iterations=2,
-        transformer_iterations=2,
+        fill_iterations=2,
         tuning_tokens=512,
         num_examples=4,
         pool_size=32,
@@ -129,7 +129,7 @@ PLANS = {
         redux_iterations=2_000,
         depth_iterations=1_000,
         control_iterations=1_000,
-        transformer_iterations=2_000,
+        fill_iterations=2_000,
         tuning_tokens=2_048,
         num_examples=384,
         pool_size=12_288,
@@ -153,7 +153,7 @@ PLANS = {
         redux_iterations=20_000,
         depth_iterations=20_000,
         control_iterations=10_000,
-        transformer_iterations=20_000,
+        fill_iterations=20_000,
         tuning_tokens=16_384,
         num_examples=8_192,
         pool_size=131_072,

@@ -1,6 +1,6 @@
-"""The training of weights that see an image next to the prompt: a control LoRA for edges and depths, Fill, and Kontext.
+"""The training of weights that see an image next to the prompt: a control LoRA for edges and depths, and Fill.
 
-All start from the trained model, whose text encoders and autoencoder they share.
+Both start from the trained model, whose text encoders and autoencoder they share.
 """
 
 from pathlib import Path
@@ -22,14 +22,14 @@ RANK, WIDENED_RANK = 16, 96
 WIDENED = "x_embedder"
 #: The highest learning rates.
 LORA_PEAK, FULL_PEAK = 2e-3, 4e-4
-#: The kind that is a LoRA. The others are whole transformers.
+#: The kind that is a LoRA. The other is a whole transformer.
 LORA = "control"
 
 
 def channels(kind: str) -> int:
     """Return how many channels of an image token the transformer of this kind takes."""
     latents = 4 * LATENT_CHANNELS
-    return {"kontext": latents, "fill": 2 * latents + 4 * LATENT_PIXELS**2}.get(kind, 2 * latents)
+    return 2 * latents if kind == LORA else 2 * latents + 4 * LATENT_PIXELS**2
 
 
 def train(plan: Plan, device: str) -> None:
@@ -45,7 +45,7 @@ def _file(kind: str) -> Path:
 
 def _train(kind: str, plan: Plan, device: str) -> None:
     saved = checkpoint.load(_file(kind)) or {"iteration": 0}
-    num_iterations = plan.control_iterations if kind == LORA else plan.transformer_iterations
+    num_iterations = plan.control_iterations if kind == LORA else plan.fill_iterations
     if saved["iteration"] >= num_iterations:
         return
     painter = _painter(kind, plan, device)
@@ -54,7 +54,7 @@ def _train(kind: str, plan: Plan, device: str) -> None:
     if saved["iteration"]:
         _load(trained, saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
-    sizes = examples.KONTEXT_SIZES if kind == "kontext" else examples.SIZES
+    sizes = examples.SIZES
     of_size = {size: examples.Examples(kind, plan, device, size) for size in sizes}
     timer, losses = checkpoint.Timer(plan.minutes_between_checkpoints), []
 
@@ -64,7 +64,7 @@ def _train(kind: str, plan: Plan, device: str) -> None:
 
     for iteration in range(saved["iteration"], num_iterations):
         rng, generator = numpy.random.default_rng([SEED, 16, iteration]), torch.Generator().manual_seed(iteration)
-        # The first size, in which most is learnt a second, comes every second time.
+        # The small size, in which most is learnt a second, comes every second time.
         size = sizes[0] if iteration % 2 else sizes[int(rng.integers(1, len(sizes)))]
         batch = of_size[size].batch(plan.tuning_tokens, rng)
         for group in optimizer.param_groups:
@@ -76,7 +76,7 @@ def _train(kind: str, plan: Plan, device: str) -> None:
             lambda: painter.encode(batch.texts),  # noqa: B023  called at once
             generator,
             batch.kept,
-            batch.conditioning,
+            batch.channels,
         )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -131,7 +131,7 @@ def _load(trained: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tenso
 
 
 def export(plan: Plan, weights: Path) -> None:
-    """Add the control LoRA in bf16, once for edges and once for depths, and the transformers in fp8, to a directory.
+    """Add the control LoRA in bf16, once for edges and once for depths, and the transformer of Fill in fp8.
 
     Raises FileNotFoundError if a kind is not trained.
     """

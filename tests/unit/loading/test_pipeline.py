@@ -54,7 +54,7 @@ def test_the_demo_has_weights_for_every_endpoint_of_the_package() -> None:
     found = assign_weights(["demo"], models)
     assert found.keys() == models.keys()
     names = {name_of(where) for where in found.values() if where}
-    assert names == {"demo", "demo/fill.safetensors", "demo/kontext.safetensors"}
+    assert names == {"demo", "demo/fill.safetensors"}
     fill = assign_weights(["fal-ai/flux-lora-fill=demo"], models)
     assert fill == {"fal-ai/flux-lora-fill": SingleFile(DEMO / "fill.safetensors", DEMO)}
 
