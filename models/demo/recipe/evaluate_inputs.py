@@ -82,7 +82,7 @@ def measure(
 ) -> tuple[dict[str, float], Tiles]:
     """Return the share of images of each kind that are right, and some of the images.
 
-    - canny and depth: what is near in the image covers the object of the image that is followed, by more than 0.7 of
+    - canny and depth: what is near in the image covers the object of the image that is followed, by more than 0.6 of
       what either covers, and the background is that of the prompt.
     - fill: the object is that of the prompt, and around it is the background of the image.
     """
@@ -144,7 +144,7 @@ def _followed(
     image = follow(prompt, source, seed)
     wanted = numpy.asarray(render.silhouettes(moved, asked.icons, *size).convert("L")) > 127
     got = numpy.asarray(studio.depths_of(image).convert("L")) > 127
-    is_there = bool((wanted & got).sum() > 0.7 * (wanted | got).sum())
+    is_there = bool((wanted & got).sum() > 0.6 * (wanted | got).sum())
     return _Answer(prompt, source, image, is_there and background_of(image) == asked.other_background)
 
 
