@@ -158,10 +158,13 @@ def export(plan: Plan, weights: Path) -> None:
 def _write_lora(transformer: Any, directory: Path, name: str) -> None:
     """Write the LoRA in diffusers' format. The metadata says that every layer has the scale 1, whatever its rank."""
     found = {key: weight.bfloat16() for key, weight in get_peft_model_state_dict(transformer).items()}
+    # The layers are named one by one, so that there is nothing to exclude.
+    layers = sorted({key.partition(".lora_")[0] for key in found})
+    metadata = {**transformer.peft_config["default"].to_dict(), "target_modules": layers, "exclude_modules": None}
     FluxPipeline.save_lora_weights(
         directory,
         transformer_lora_layers=found,
         weight_name=name,
         safe_serialization=True,
-        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+        transformer_lora_adapter_metadata=metadata,
     )
