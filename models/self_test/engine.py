@@ -47,9 +47,9 @@ def _inputs(kind: str, directory: Path) -> Mapping[str, Path]:
     if kind == "plain":
         return NO_INPUTS
     file = directory / "square.png"
-    picture = PIL.Image.new("RGB", (512, 512))
-    picture.paste((255, 255, 255), (128, 128, 384, 384))
-    picture.save(file)
+    square = PIL.Image.new("RGB", (512, 512))
+    square.paste((255, 255, 255), (128, 128, 384, 384))
+    square.save(file)
     return {"image_url": file, "mask_url": file} if kind == "fill" else {"image_url": file}
 
 
