@@ -213,9 +213,9 @@ def test_what_no_served_endpoint_can_do(sdk: openai.OpenAI) -> None:
     """Refuse variations of a model that has no endpoint for images in place of prompts."""
     with (
         pytest.warns(DeprecationWarning),
-        pytest.raises(openai.BadRequestError, match=f"No endpoint with the weights of {NULL}") as raised,
+        pytest.raises(openai.BadRequestError, match="No endpoint with the weights of fal-ai/flux-lora-fill") as raised,
     ):
-        sdk.images.create_variation(model=NULL, image=encode(Image.new("RGB", (96, 64))))
+        sdk.images.create_variation(model="fal-ai/flux-lora-fill", image=encode(Image.new("RGB", (96, 64))))
     assert (raised.value.param, raised.value.code) == ("image", "feature_not_supported")
 
 

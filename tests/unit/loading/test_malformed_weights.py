@@ -85,12 +85,6 @@ def header(length: int) -> bytes:
     return length.to_bytes(8, "little")
 
 
-def add_redux(directory: Path) -> None:
-    """Add an invalid Redux component, which only another endpoint uses."""
-    (directory / "redux").mkdir()
-    (directory / "redux" / "config.json").write_text("[]", encoding="utf-8")
-
-
 #: Problems that are found before anything is loaded.
 FOUND_BEFORE_LOADING: dict[str, tuple[Change, str]] = {
     "index no JSON": (overwrite("model_index.json", "{"), "model_index.json is not JSON"),
@@ -132,7 +126,10 @@ FOUND_BEFORE_LOADING: dict[str, tuple[Change, str]] = {
     ),
     "tokenizer no JSON": (overwrite("tokenizer/vocab.json", "{"), "tokenizer/vocab.json is not JSON"),
     "checker no JSON": (overwrite("safety_checker/config.json", "{"), "safety_checker/config.json is not JSON"),
-    "Redux a list": (add_redux, "redux/config.json is JSON, but not an object"),
+    "Redux a list": (
+        overwrite("redux/image_encoder/config.json", "[]"),
+        "redux/image_encoder/config.json is JSON, but not an object",
+    ),
     "shards in a list": (
         put_behind_index({"metadata": {}, "weight_map": ["shard.safetensors"]}),
         "is not an index of weights",
