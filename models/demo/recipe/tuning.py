@@ -70,14 +70,7 @@ def _train(kind: str, plan: Plan, device: str) -> None:
         for group in optimizer.param_groups:
             peak = LORA_PEAK if kind == LORA else FULL_PEAK
             group["lr"] = autoencoder.rate(iteration, num_iterations, peak, warm_up=50)
-        loss = flow.loss_of(
-            painter,
-            batch.latents,
-            lambda: painter.encode(batch.texts),  # noqa: B023  called at once
-            generator,
-            batch.kept,
-            batch.channels,
-        )
+        loss = _loss(painter, batch, generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
@@ -90,6 +83,12 @@ def _train(kind: str, plan: Plan, device: str) -> None:
         if timer.is_due():
             keep(iteration + 1)
     keep(num_iterations)
+
+
+def _loss(painter: networks.Painter, batch: examples.Batch, generator: torch.Generator) -> torch.Tensor:
+    return flow.loss_of(
+        painter, batch.latents, lambda: painter.encode(batch.texts), generator, batch.kept, batch.channels
+    )
 
 
 def _painter(kind: str, plan: Plan, device: str) -> networks.Painter:
