@@ -57,6 +57,7 @@ class ImageFillInput(BaseModel):
                 "anyOf": [
                     {"type": "string"},
                     {"type": "array", "items": {"type": "string"}, "maxItems": 1},
+                    {"type": "null"},
                 ],
                 "examples": [EXAMPLE_IMAGE],
             }

@@ -133,7 +133,9 @@ def _in_openapi_3_0(value: Any) -> Any:
     if len(options) < len(cleaned.get("anyOf", [])) and "default" not in value:
         cleaned["nullable"] = True
     if len(options) == 1:
-        return {**options[0], **{key: item for key, item in cleaned.items() if key != "anyOf"}}
+        rest = {key: item for key, item in cleaned.items() if key != "anyOf"}
+        # What is next to a reference has no meaning there.
+        return {"allOf": options, **rest} if rest and "$ref" in options[0] else {**options[0], **rest}
     return {**cleaned, **({"anyOf": options} if options else {})}
 
 

@@ -65,8 +65,8 @@ def _bullets(schema: Mapping[str, Any]) -> list[str]:
 
 
 def _type(field: Mapping[str, Any]) -> str:
-    if "anyOf" in field:
-        return " | ".join(_type(option) for option in field["anyOf"])
+    if options := field.get("anyOf", field.get("allOf")):
+        return " | ".join(_type(option) for option in options)
     if "$ref" in field:
         return str(field["$ref"]).rsplit("/", 1)[-1]
     if "enum" in field:

@@ -26,13 +26,26 @@ def list_models(client: httpx.Client, **query: Any) -> dict[str, Any]:
     return page
 
 
+def list_all(client: httpx.Client, **query: Any) -> list[str]:
+    """Return the ids on all pages."""
+    ids: list[str] = []
+    cursor: dict[str, str] = {}
+    while True:
+        page = list_models(client, **query, **cursor)
+        ids += endpoint_ids(page)
+        if not page["has_more"]:
+            assert page["next_cursor"] is None
+            return ids
+        cursor = {"cursor": page["next_cursor"]}
+
+
 def endpoint_ids(page: dict[str, Any]) -> list[str]:
     return [model["endpoint_id"] for model in page["models"]]
 
 
 def test_every_served_endpoint_is_listed(client: httpx.Client) -> None:
-    page = list_models(client)
-    assert {"fal-ai/flux/dev", "fal-ai/flux/dev/image-to-image", "test/null"} <= set(endpoint_ids(page))
+    page = list_models(client, limit=100)
+    assert set(endpoint_ids(page)) == set(client.get("/playground.json").json()["endpoints"])
     assert (page["next_cursor"], page["has_more"]) == (None, False)
     (dev,) = [model for model in page["models"] if model["endpoint_id"] == "fal-ai/flux/dev"]
     metadata = dev["metadata"]
@@ -45,27 +58,21 @@ def test_every_served_endpoint_is_listed(client: httpx.Client) -> None:
 
 
 def test_search_by_text_category_and_status(client: httpx.Client) -> None:
-    assert endpoint_ids(list_models(client, q="flux schnell")) == ["fal-ai/flux-1/schnell", "fal-ai/flux/schnell"]
-    assert endpoint_ids(list_models(client, q="no such thing")) == []
-    both = set(endpoint_ids(list_models(client, category="text-to-image"))) | set(
-        endpoint_ids(list_models(client, category="image-to-image"))
-    )
-    assert both == set(endpoint_ids(list_models(client)))
-    assert "fal-ai/flux/dev/image-to-image" not in endpoint_ids(list_models(client, category="text-to-image"))
-    assert endpoint_ids(list_models(client, status="deprecated")) == []
+    schnell = ["fal-ai/flux-1/schnell", "fal-ai/flux/schnell"]
+    assert list_all(client, q="flux schnell", category="text-to-image") == schnell
+    assert list_all(client, q="no such thing") == []
+    texts, images = (list_all(client, category=category) for category in ("text-to-image", "image-to-image"))
+    assert sorted(texts + images) == list_all(client)
+    assert "fal-ai/flux/dev/image-to-image" in images
+    assert list_all(client, status="deprecated") == []
 
 
 def test_pagination(client: httpx.Client) -> None:
-    ids: list[str] = []
-    cursor: dict[str, str] = {}
-    while True:
-        page = list_models(client, limit=3, **cursor)
-        ids += endpoint_ids(page)
-        if not page["has_more"]:
-            break
-        assert len(page["models"]) == 3
-        cursor = {"cursor": page["next_cursor"]}
-    assert ids == endpoint_ids(list_models(client))
+    everything = endpoint_ids(list_models(client, limit=100))
+    assert len(list_models(client, limit=3)["models"]) == 3
+    assert list_all(client, limit=3) == everything
+    # By default, a page has 50.
+    assert list_all(client) == everything
 
 
 def test_expand_adds_the_openapi_document(client: httpx.Client) -> None:

@@ -22,11 +22,11 @@ from tests.support.tiny_flux import difference, finish_task, write_lora
 
 SIZE = (128, 96)
 OTHER_SIZE = (64, 160)
-#: The endpoints that need no other weights than FLUX.1 [dev]'s; for the others, see test_demo_with_images.py.
+#: The endpoints that see no image next to the prompt; for the others, see test_demo_with_images.py.
 ENDPOINTS = sorted(
     endpoint
     for endpoint, where in assign_weights(["demo"], discover()).items()
-    if where == DEMO and not extra_weights_of(discover()[endpoint], where)
+    if where == DEMO and "kontext" not in endpoint and not extra_weights_of(discover()[endpoint], where)
 )
 #: One endpoint for each pipeline takes all its steps. The others differ from these in defaults and weights only.
 WITH_ALL_STEPS = (

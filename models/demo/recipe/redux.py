@@ -15,6 +15,13 @@ from models.flux.prompt_cache import FLUX_TEXT_TOKENS
 from models.loading.specs import REDUX
 
 FILE = WORK / "redux.pt"
+#: The classes that FluxPriorReduxPipeline loads.
+CLASSES = {
+    "_class_name": "FluxPriorReduxPipeline",
+    "feature_extractor": ["transformers", "SiglipImageProcessor"],
+    "image_embedder": ["flux", "ReduxImageEncoder"],
+    "image_encoder": ["transformers", "SiglipVisionModel"],
+}
 #: The sides of the image encoder's input and of a patch of it, in pixels. Each patch becomes one token.
 PIXELS, PATCH = 96, 16
 BATCH, PEAK = 12, 1e-3
@@ -106,7 +113,7 @@ def train(plan: Plan, device: str) -> None:
 
 
 def export(weights: Path) -> None:
-    """Add the networks, in bf16, and the image processor to the directory of a pipeline."""
+    """Add FluxPriorReduxPipeline, in bf16, to the directory of a pipeline."""
     prior = Prior()
     prior.load_state_dict(checkpoint.load(FILE))
     for name in ("image_encoder", "image_embedder"):
@@ -124,3 +131,4 @@ def export(weights: Path) -> None:
         "image_std": [0.5, 0.5, 0.5],
     }
     tokens.write_json(weights / REDUX.directory / "feature_extractor" / "preprocessor_config.json", processor)
+    tokens.write_json(weights / REDUX.directory / "model_index.json", CLASSES)

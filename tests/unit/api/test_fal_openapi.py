@@ -23,6 +23,7 @@ class Fields(BaseModel):
     above: Annotated[float, Field(gt=0)]
     example: Annotated[str, Field(examples=["a", "b"])]
     inner: Inner | None = None
+    described: Inner | None = Field(None, description="Next to a reference.")
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,7 @@ class Fields(BaseModel):
         ("above", {"type": "number", "minimum": 0, "exclusiveMinimum": True}),
         ("example", {"type": "string", "example": "a"}),
         ("inner", {"$ref": "#/$defs/Inner"}),
+        ("described", {"allOf": [{"$ref": "#/$defs/Inner"}], "description": "Next to a reference."}),
     ],
 )
 def test_a_field_in_openapi_3_0(field: str, schema: object) -> None:

@@ -158,11 +158,13 @@ def test_the_self_test_covers_the_device_and_the_weights(tmp_path: Path, monkeyp
         {"name": "weights", "state": "skipped", "message": "no weights were named"},
     ]
     monkeypatch.setattr("models.flux.verdict.run_in_child", lambda *_: results)
-    *lines, weights = doctor.run_self_test(Settings(data_dir=tmp_path, weights=("demo",), device="cpu"))
+    *lines, demo, fill = doctor.run_self_test(Settings(data_dir=tmp_path, weights=("demo",), device="cpu"))
     assert lines == [
         Check("matrix product", True, "fine"),
         Check("driver", True, "skipped, on a CPU"),
         Check("C compiler", False, "install gcc"),
     ]
-    assert (weights.name, weights.ok) == ("demo in the self test", True)
-    assert weights.message.startswith("none differs from diffusers' pipeline by 0.00")
+    assert [check.name for check in (demo, fill)] == ["demo in the self test", "demo/fill.safetensors in the self test"]
+    assert (demo.ok, fill.ok) == (True, True)
+    assert demo.message.startswith("none differs from diffusers' pipeline by 0.00")
+    assert fill.message.startswith("none generates")
