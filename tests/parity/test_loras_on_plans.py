@@ -188,6 +188,28 @@ def test_a_dora_is_refused(tmp_path: Path, files: list[Path]) -> None:
         generate(engine_with("resident"), request_of(1.0), tmp_path / "dora.safetensors")
 
 
+@pytest.mark.thorough
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("form", ["group-offload", "fp8-storage", "int8", "int4", "Q4_0"])
+def test_a_hundred_swaps_leave_nothing(files: list[Path], tmp_path: Path, form: str) -> None:
+    if form.startswith("int"):
+        pytest.importorskip("torchao.quantization")
+    if form == "Q4_0":
+        tiny_flux.pipeline(torch.bfloat16).save_pretrained(tmp_path / "base")
+        tensors = tensors_of(tiny_flux.transformer(torch.bfloat16))
+        engine = engine_of(write_gguf(tmp_path / "tiny.gguf", tensors, form), tmp_path / "base")
+    else:
+        engine = engine_with(form)
+    before, plain = fingerprint(engine.pipeline.transformer), generate(engine, request_of())
+    firsts = [step(engine, path) for path in files]
+    num_bytes = live_bytes()
+    for swap in range(102):
+        assert torch.equal(step(engine, files[swap % 3]), firsts[swap % 3])
+    assert live_bytes() == num_bytes
+    assert fingerprint(engine.pipeline.transformer) == before
+    assert difference(generate(engine, request_of()), plain) == 0
+
+
 # -- compiled
 
 

@@ -75,11 +75,18 @@ def test_too_many_requests_are_refused_before_the_first(page: Page) -> None:
 
 
 def test_the_queue_panel_estimates_and_cancels(page: Page, gate: Gate) -> None:
-    """It shows positions, and the time left as soon as a step is measured. One request or all can be cancelled."""
+    """It shows positions, and the time left as soon as a step is measured. One request or all can be cancelled.
+
+    It is always in sight, and moves no image.
+    """
     choose(page, "test/gate")
+    place = page.locator("#runs").bounding_box()
     run(page, str(gate.path))
     panel = page.locator("#queue")
     expect(panel.locator("li")).to_have_count(1)
+    expect(panel).to_be_in_viewport(ratio=1)
+    moved = page.locator("#runs").bounding_box()
+    assert place and moved and (place["x"], place["y"]) == (moved["x"], moved["y"])
     choose(page, "test/null")
     for prompt in ("second", "third", "fourth"):
         run(page, prompt)

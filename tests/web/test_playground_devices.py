@@ -116,6 +116,16 @@ def test_dialogs_are_accessible(node: None, page: Page) -> None:
     assert fits(page)
 
 
+def test_api_page_is_accessible(node: None, browser: Browser, playing: Server) -> None:
+    """Check the list of operations, with one of each method open."""
+    for page in open_page(browser, f"{playing.url}/docs"):
+        for method in ("get", "post", "put", "delete"):
+            operation = page.locator(f".opblock-{method}").first
+            operation.locator(".opblock-summary-control").click()
+            expect(operation.locator(".responses-table").first).to_be_visible()
+        assert violations(page) == []
+
+
 def test_reduced_motion_is_respected(browser: Browser, playing: Server) -> None:
     """The buttons over an image fade in, except for users who asked for less motion."""
     for motion, expected in (("no-preference", "0.15s"), ("reduce", "0s")):

@@ -1,6 +1,8 @@
 """Tests of `flux-server pull` from a fake hub, and of `serve` with the downloaded weights."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,8 +11,10 @@ from pathlib import Path
 import httpx
 import pytest
 from diffusers import FluxTransformer2DModel
+from safetensors.torch import save_file
 
 from models.loading import hub as hub_module
+from models.loading.pipeline import quantization_of
 from tests.support.fake_hub import Hub, running_hub, write_checker, write_flux_dev
 from tests.support.server_process import ROOT, serving
 from tests.support.single_files import write_gguf
@@ -140,26 +144,43 @@ def test_nothing_is_downloaded_from_a_repository_that_is_not_in_diffusers_layout
     assert hub.requested_files == []
 
 
+@pytest.mark.parametrize("name", ["sub/flux-Q8_0.gguf", pytest.param("flux.safetensors", marks=pytest.mark.thorough)])
 def test_of_the_base_of_a_file_only_what_the_file_lacks_is_pulled(
-    hub: Hub, repositories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, repositories: dict[str, Path], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "files" / "sub").mkdir(parents=True)
-    transformer = FluxTransformer2DModel.from_pretrained(repositories[FLUX_DEV] / "transformer")
-    write_gguf(tmp_path / "files" / "sub" / "flux-Q8_0.gguf", transformer.state_dict(), "Q8_0")
-    hub.repositories = {**hub.repositories, "city/flux-gguf": tmp_path / "files"}
-    cache, place = tmp_path / "cache", "city/flux-gguf/sub/flux-Q8_0.gguf"
+    tensors = FluxTransformer2DModel.from_pretrained(repositories[FLUX_DEV] / "transformer").state_dict()
+    if name.endswith(".gguf"):
+        write_gguf(tmp_path / "files" / name, tensors, "Q8_0")
+    else:
+        save_file(tensors, tmp_path / "files" / name)
+    hub.repositories = {**hub.repositories, "city/flux": tmp_path / "files"}
+    cache, place = tmp_path / "cache", f"city/flux/{name}"
     completed = pull(hub, cache, place, FLUX_SERVER_BASE=FLUX_DEV)
     assert completed.returncode == 0, completed.stderr
     downloaded = files_of(snapshot(cache))
     assert {name for name in downloaded if name.startswith("transformer/")} == {"transformer/config.json"}
     assert hub_module.missing_components(snapshot(cache)) == ["transformer"]
-    assert files_of(snapshot(cache, "city/flux-gguf")) == {"sub/flux-Q8_0.gguf"}
+    assert files_of(snapshot(cache, "city/flux")) == {name}
     hub.close()
     for name, value in environment(hub, cache).items():
         monkeypatch.setenv(name, value)
     with serving(tmp_path / "data", f"fal-ai/flux/dev={place}", base=FLUX_DEV) as server:
         body = {"prompt": "a fish", "image_size": {"width": 64, "height": 64}, "num_inference_steps": 1}
         httpx.post(f"{server.ready().url}/fal-ai/flux/dev", json=body, timeout=60).raise_for_status()
+
+
+def test_a_quantized_pipeline_is_pulled_like_any_other(hub: Hub, repositories: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(repositories[FLUX_DEV], tmp_path / "quantized")
+    config = tmp_path / "quantized" / "transformer" / "config.json"
+    quantized = {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": quantized}))
+    hub.repositories = {**hub.repositories, "city/flux-int8": tmp_path / "quantized"}
+    completed = pull(hub, tmp_path / "cache", "city/flux-int8")
+    assert completed.returncode == 0, completed.stderr
+    directory = snapshot(tmp_path / "cache", "city/flux-int8")
+    assert hub_module.missing_components(directory) == []
+    assert quantization_of(directory) == "torchao Int8WeightOnlyConfig"
 
 
 def test_a_file_that_the_hub_does_not_have_is_reported(hub: Hub, tmp_path: Path) -> None:
