@@ -19,7 +19,9 @@ def _at_start(value: float, info: ValidationInfo) -> float:
 
 def _refuse(value: Any, info: ValidationInfo) -> Any:
     """Refuse a field of fal's that this server does not support, unless its value has no effect."""
-    if value not in (None, False, "", [], {}, _WITHOUT_EFFECT.get(info.field_name or "")):
+    default = _WITHOUT_EFFECT.get(info.field_name or "")
+    # What is on by default has an effect if it is off.
+    if value not in (None, default) and (default is True or value not in (False, "", [], {})):
         raise PydanticCustomError("feature_not_supported", "This field is not supported by this server; leave it out.")
     return value
 

@@ -15,6 +15,7 @@ from PIL.Image import Image
 from safetensors.torch import load_file
 
 from models.base import IncompatibleInput
+from models.flux.device import num_bytes_in
 from models.flux.image_encoder import ImageEncoder
 from models.flux.input_images import open_image
 
@@ -207,9 +208,9 @@ class ControlNetManager:
     def _load(self, image: ControlImage, wanted: set[Path]) -> Any:
         transformer = self._pipeline.transformer
         try:
-            self._make_room(wanted, image.path.stat().st_size)
             # Only the tensors: what a file says in its metadata is not trusted.
             tensors = load_file(image.path)
+            self._make_room(wanted, num_bytes_in(transformer.dtype, tensors))
             net = build(tensors, transformer)
             if net.input_hint_block is not None and self._pipeline.vae_scale_factor != _HINT_PIXELS:
                 raise ValueError("it takes pixels, eight for each latent, and the latents of this model are of others")

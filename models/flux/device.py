@@ -23,6 +23,11 @@ _SLOW = 0.2
 FULL_SIZE = 1_000_000_000
 
 
+def num_bytes_in(dtype: torch.dtype, tensors: Mapping[str, torch.Tensor]) -> int:
+    """Return the bytes that tensors take in a type: those of a file in fp8 or float32 take others than the file."""
+    return int(dtype.itemsize * sum(tensor.numel() for tensor in tensors.values()))
+
+
 class Device:
     """A CPU or the GPU. `decode_stream` is a second stream of the GPU, for decoding while other tasks take steps."""
 

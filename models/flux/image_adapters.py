@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.base import GenerationFailed
+from models.base import IncompatibleInput
 from models.flux import control_nets, ip_adapters
 from models.flux.control_nets import ControlImage, ControlNetManager
 from models.flux.ip_adapters import IPAdapterManager, PromptImage
@@ -35,13 +35,14 @@ class ImageAdapters:
     def images_of(self, request: Any, inputs: Mapping[str, Path], plan: Plan) -> AdapterImages:
         """Return the images of a request, whose files `inputs` has by their fields.
 
-        Raises GenerationFailed if this engine, with its memory plan, cannot use their adapters, and OSError.
+        Raises IncompatibleInput if this engine, with its memory plan, cannot use their adapters, and OSError.
         """
         images = AdapterImages(control_nets.images_of(request, inputs), ip_adapters.images_of(request, inputs))
         self.ip_adapters.check(images.prompts)
         if images and not plan.is_resident:
             message = "Control nets and IP adapters do not work with this server's memory plan; use --memory resident."
-            raise GenerationFailed(message)
+            first = images.control[0] if images.control else images.prompts[0]
+            raise IncompatibleInput(first.loc, message)
         return images
 
     @contextmanager

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from models.base import IncompatibleInput
+from models.flux.device import num_bytes_in
 from models.flux.input_images import open_image
 from models.loading import specs, verify
 
@@ -170,9 +171,9 @@ class IPAdapterManager:
                 self._loaded.move_to_end(image.path)
                 continue
             try:
-                self._make_room(wanted, image.path.stat().st_size)
-                tensors = load_file(image.path)
-                self._loaded[image.path] = build(tensors, self._pipeline.transformer, self._num_features)
+                tensors, transformer = load_file(image.path), self._pipeline.transformer
+                self._make_room(wanted, num_bytes_in(transformer.dtype, tensors))
+                self._loaded[image.path] = build(tensors, transformer, self._num_features)
             except (ValueError, OSError) as error:
                 message = f"This IP adapter does not fit this model: {error}"
                 raise IncompatibleInput(image.loc, message) from error

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from models.base import GenerationFailed, IncompatibleInput
 from models.flux import lora_weights
+from models.flux.device import num_bytes_in
 from models.flux.input_images import OWN
 from models.flux.lora_layers import Pair, installed, widened_linear, with_compiled_loras, with_loras, with_weight
 from models.flux.lora_weights import WIDENED, LoraWeights
@@ -54,11 +55,6 @@ class LoraAdapter:
     def key(self) -> tuple[str, bool]:
         """What tells the LoRA from others, whatever its scale: a file is read in another way as a control LoRA."""
         return self.name, self.is_control
-
-    @property
-    def num_bytes(self) -> int:
-        """The size of the file in bytes, taken as the size on the device. Raises OSError if the file is gone."""
-        return self.path.stat().st_size
 
 
 def adapters_of(
@@ -187,11 +183,11 @@ class LoraManager:
 
     def _load(self, lora: LoraAdapter, wanted: Collection[Key]) -> None:
         try:
-            # The memory plan has room for the server's own LoRAs.
-            num_bytes = lora.num_bytes if lora.loc else 0
-            self._make_room(wanted, num_bytes)
             # Load only the tensors, without the header's metadata, with which the file could choose how it is read.
             tensors = load_file(lora.path)
+            # The memory plan has room for the server's own LoRAs.
+            num_bytes = num_bytes_in(self._like.dtype, tensors) if lora.loc else 0
+            self._make_room(wanted, num_bytes)
             weights = lora_weights.read(self._pipeline, tensors, self._like, is_control=lora.is_control)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             # Errors of the device are not the file's fault; `Device.classify_errors` translates them.

@@ -107,6 +107,8 @@ def _check(directory: Path, config: Mapping[str, Any], device: str, dtype: str) 
     if (name, device, dtype, config.get("weights_dtype")) == ("quanto", "cpu", "bfloat16", "int8"):
         # Its products call torch._weight_int8pack_mm with shapes that PyTorch 2.13 does not check.
         raise OSError(f"{directory} is quantized by quanto to int8, which crashes on CPUs in bf16; use --dtype float32")
+    if dtype == "float32" and any("Float8" in str(kind) for kind in _types(config)):
+        raise OSError(f"{directory} is quantized by torchao to fp8, which is multiplied in bf16; use --dtype bfloat16")
 
 
 def _config(directory: Path) -> dict[str, Any]:

@@ -131,6 +131,15 @@ def _missing(model: Model, where: Weights) -> list[ExtraWeights]:
     return [extra for extra in extra_weights_of(model, where) if find_extra_weights(where, extra) is None]
 
 
+def left_out(where: Weights, models: Mapping[str, Model]) -> dict[ExtraWeights, list[str]]:
+    """Return the extra weights that are missing next to a hub id, each with the endpoints that it leaves out."""
+    found: dict[ExtraWeights, list[str]] = {}
+    for model in models.values():
+        for missing in _missing(model, where) if where in model.weights else ():
+            found.setdefault(missing, []).append(model.endpoint)
+    return found
+
+
 def describe_missing(extra_weights: ExtraWeights, where: Weights) -> str:
     """Describe where missing extra weights belong, or how to download them. `where` is as for `find_extra_weights`."""
     if isinstance(where, SingleFile):

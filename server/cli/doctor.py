@@ -64,7 +64,11 @@ def run_checks(settings: Settings) -> Iterator[Check]:
             needed = {extra for each in endpoints for extra in specs.extra_weights_of(models[each], where)}
             yield from _weights(where, endpoints, needed, settings, *device)
             if any("ip_adapters" in models[endpoint].Input.model_fields for endpoint in endpoints):
+                yield Check(f"{specs.name_of(where)} control nets", True, "work with the memory plan resident")
                 yield _ip_adapters(where)
+            for missing, names in specs.left_out(where, models).items():
+                how = f"not served without {specs.describe_missing(missing, where)}"
+                yield Check(f"{specs.name_of(where)} {missing.directory}", True, f"{', '.join(names)}: {how}")
         except OSError as error:
             yield Check(specs.name_of(where), False, str(error))
     yield _checker(settings, list(endpoints_by_weights))

@@ -100,14 +100,15 @@ def test_generations(http: httpx.Client, body: dict[str, Any], is_base64: bool) 
         assert http.get(datum["url"]).headers["content-type"] == "image/png"
 
 
-#: The edits of the same versions: image_edits of Open WebUI, imageEditTool of LibreChat, LiteLLM's image_edit, and the
-#: image model of the AI SDK.
+#: The edits of the same versions: image_edits of Open WebUI, imageEditTool of LibreChat, LiteLLM's image_edit, the
+#: image model of the AI SDK, and AnythingLLM's server/utils/ImageGenerators/base.js.
 EDITS: dict[str, tuple[dict[str, str], str]] = {
     "Open WebUI": ({"model": "gpt-image-1", "prompt": "a fish", "n": "1", "size": "128x96"}, "image"),
     "Open WebUI, a list": ({"model": "dall-e-2", "prompt": "a fish", "response_format": "b64_json"}, "image[]"),
     "LibreChat": ({"model": "gpt-image-1", "prompt": "a fish", "quality": "auto", "size": "auto"}, "image[]"),
     "LiteLLM": ({"model": "gpt-image-1", "prompt": "a fish", "n": "1"}, "image[]"),
     "AI SDK": ({"model": "gpt-image-1", "prompt": "a fish", "n": "1", "size": "128x96"}, "image"),
+    "AnythingLLM": ({"model": "dall-e-2", "prompt": "a fish", "n": "1", "size": "1024x1024"}, "image"),
 }
 
 
@@ -117,8 +118,9 @@ def test_edits(http: httpx.Client, fields: dict[str, str], name: str) -> None:
     answer = http.post("/v1/images/edits", data=fields, files=files, headers=BEARER)
     assert answer.status_code == 200, answer.text
     (datum,) = answer.json()["data"]
-    image = decode(datum["b64_json"])
-    assert image.size == ((128, 96) if fields.get("size") == "128x96" else (160, 128))
+    image = decode(datum["b64_json"] if "b64_json" in datum else http.get(datum["url"]).content)
+    sizes = {"128x96": (128, 96), "1024x1024": (1024, 1024)}
+    assert image.size == sizes.get(fields.get("size", ""), (160, 128))
     assert image.getpixel((9, 9)) == BLUE
 
 

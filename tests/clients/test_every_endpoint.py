@@ -1,6 +1,7 @@
 """Every endpoint on the demo weights, called with fal-client and with @fal-ai/client."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ INPUT_FIELDS = {
     "controlnet_unions",
     "ip_adapters",
 }
+
+#: The endpoints that differ from `fal-ai/flux/dev`, `fal-ai/flux-lora` or their like in defaults and weights only.
+VARIANT = re.compile(r"flux-1/|krea|schnell|srpo")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,7 @@ def inputs_path(inputs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def python_outputs(full_server: Server, inputs_path: Path) -> Outputs:
     """Call every endpoint with fal-client; return the outputs, by endpoint and kind of call."""
-    outputs: Outputs = run_client(full_server, "every_endpoint", str(inputs_path))
+    outputs: Outputs = run_client(full_server, "every_endpoint", str(inputs_path), seconds=300)
     return outputs
 
 
@@ -104,7 +108,14 @@ def test_node(full_client: httpx.Client, node_outputs: Outputs, endpoint: str) -
     check_outputs(full_client, endpoint, node_outputs[endpoint], "stream")
 
 
-@pytest.mark.parametrize("endpoint", [endpoint for endpoint, facts in FACTS.items() if facts.keys() & INPUT_FIELDS])
+def variant(endpoint: str) -> Any:
+    """Return the endpoint, marked as thorough if it differs from another one in defaults and weights only."""
+    return pytest.param(endpoint, marks=pytest.mark.thorough if VARIANT.search(endpoint) else ())
+
+
+@pytest.mark.parametrize(
+    "endpoint", [variant(endpoint) for endpoint, facts in FACTS.items() if facts.keys() & INPUT_FIELDS]
+)
 def test_each_input_matters(
     full_client: httpx.Client, endpoint: str, inputs: dict[str, Any], other_inputs: dict[str, Any]
 ) -> None:

@@ -68,6 +68,10 @@ def test_page_subscribe(sdk: Client) -> None:
     assert [(image["width"], image["height"]) for image in output["images"]] == [(1024, 768)]
 
 
+# The page's program generates an image of the default size, which takes a while on a CPU.
+@pytest.mark.parametrize(
+    "sdk", [NAMES[0], *(pytest.param(name, marks=pytest.mark.thorough) for name in NAMES[1:])], indirect=True
+)
 def test_page_submit_status_result(sdk: Client, client: httpx.Client) -> None:
     request_id = sdk.run_page("submit", "request_id")
     wait_until_completed(client, f"/queue/fal-ai/flux/requests/{request_id}/status")

@@ -209,6 +209,18 @@ def test_an_edit_with_a_mask(sdk: openai.OpenAI) -> None:
     assert max(kept) < 10 < 20 < min(repainted)
 
 
+def test_a_variation_is_that_of_redux(sdk: openai.OpenAI) -> None:
+    source = encode(Image.new("RGB", (64, 64), "blue"))
+    with pytest.warns(DeprecationWarning):
+        answer = sdk.images.create_variation(
+            image=source, model="dall-e-2", extra_body={"size": "128x96", "response_format": "b64_json"}
+        )
+    assert answer.data is not None
+    image = decode(base64.b64decode(answer.data[0].b64_json or ""))
+    assert image.size == (128, 96)
+    assert json.loads(image.info["parameters"])["endpoint"] == "fal-ai/flux/dev/redux"
+
+
 def test_what_no_served_endpoint_can_do(sdk: openai.OpenAI) -> None:
     """Refuse variations of a model that has no endpoint for images in place of prompts."""
     with (

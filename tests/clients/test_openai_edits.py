@@ -121,9 +121,7 @@ def test_variations(sdk: openai.OpenAI) -> None:
     assert [image.size for image in images(answer)] == [(512, 512)] * 3
 
 
-def test_openais_package_for_node(edit_server: Server, tmp_path: Path) -> None:
-    if not (JS / "node_modules" / "openai").is_dir():
-        pytest.skip("OpenAI's package for Node is missing: install Node 20 and run `make test`, which installs it")
+def test_openais_package_for_node(node: None, edit_server: Server, tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(SOURCE)
     (tmp_path / "mask.png").write_bytes(mask())
     files = [str(tmp_path / name) for name in ("image.png", "mask.png")]

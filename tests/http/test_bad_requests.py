@@ -144,6 +144,10 @@ def test_queue_full(tmp_path: Path, gate: Gate) -> None:
             answer = client.post(path, json={"prompt": "x"})
             assert "full" in error_message(answer, 429)
             assert int(answer.headers["retry-after"]) > 0
+        answer = client.post("/v1/images/generations", json={"prompt": "x", "model": "test/null"})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["type"], error["code"]) == (429, "rate_limit_error", "rate_limit_exceeded")
+        assert "full" in error["message"] and int(answer.headers["retry-after"]) > 0
         gate.release(1)
         wait_until_completed(client, waiting["status_url"])
         assert client.get(running["response_url"]).status_code == 200

@@ -19,7 +19,7 @@ from models.flux_control import FluxLoraCannyInput, FluxLoraDepthInput
 from models.loading.hub import BadWeights
 from tests.support import tiny_flux
 from tests.support.diffusers_calls import image_of, pipeline_of
-from tests.support.tiny_flux import AllSafeChecker, difference, finish_task, tiers_of
+from tests.support.tiny_flux import AllSafeChecker, difference, finish_task, tiers_of, write_lora
 from tests.support.tiny_kinds import write_depth
 
 SIZE = (90, 70)
@@ -37,8 +37,11 @@ def engine_of(pipeline: FluxPipeline, estimator: DepthEstimator | None = None) -
     return FluxEngine(pipeline, AllSafeChecker(), tiers_of(pipeline.transformer), "cpu", depth_estimator=estimator)
 
 
-def call_diffusers(dtype: torch.dtype, request: Any, image: Image, seed: int = 5) -> Image:
+def call_diffusers(dtype: torch.dtype, request: Any, image: Image, seed: int = 5, lora: Path | None = None) -> Image:
     pipeline = pipeline_of(FluxControlPipeline, control_pipeline(dtype).components)
+    if lora:
+        pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="client")
+        pipeline.set_adapters(["client"], [request.loras[0].scale])
     return image_of(pipeline, request, image.size, seed=seed, control_image=image)
 
 
@@ -82,6 +85,18 @@ def test_depth_equals_the_pipeline(source: Path, depth_weights: Path, dtype: tor
     depths = estimator.depths(PIL.Image.open(source), images[0].size)
     for place, image in enumerate(images):
         assert difference(image, call_diffusers(dtype, request, depths, 5 + place)) == 0
+
+
+@pytest.mark.parametrize("kind", [FluxLoraCannyInput, FluxLoraDepthInput])
+def test_a_lora_equals_the_pipeline(source: Path, depth_weights: Path, tmp_path: Path, kind: Any) -> None:
+    lora = write_lora(tmp_path / "lora.safetensors", 1)
+    request = kind.model_validate(body(loras=[{"path": "unused", "scale": 0.8}]))
+    estimator = DepthEstimator.load(depth_weights, "cpu", torch.float32)
+    engine = engine_of(control_pipeline(torch.float32), estimator)
+    (image,) = finish_task(engine, engine.start(request, 5, {"image_url": source, "loras.0.path": lora}))
+    opened = PIL.Image.open(source)
+    followed = (control.edges if kind is FluxLoraCannyInput else estimator.depths)(opened, image.size)
+    assert difference(image, call_diffusers(torch.float32, request, followed, lora=lora)) == 0
 
 
 def test_edges_are_lines_around_the_square(source: Path) -> None:

@@ -16,7 +16,7 @@ from PIL.Image import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from models.base import GenerationFailed, IncompatibleInput
+from models.base import IncompatibleInput
 from models.flux.control_nets import MODES, ControlNetManager, build
 from models.flux_general import FluxGeneralImageToImageInput, FluxGeneralInpaintingInput, FluxGeneralInput
 from models.loading.memory_plans import PLANS
@@ -30,6 +30,7 @@ KINDS = [
     (FluxGeneralInpaintingInput, FluxControlNetInpaintPipeline),
 ]
 DTYPES = [torch.bfloat16, torch.float32]
+CANNY = {"control_image_url": "x", "control_mode": "canny"}
 
 
 class Bench(GeneralBench):
@@ -87,17 +88,20 @@ def test_the_share_of_the_steps_equals_the_pipeline(tmp_path: Path, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_several_control_nets_equal_the_pipeline(tmp_path: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("kind", "pipeline"), KINDS)
+def test_several_control_nets_equal_the_pipeline(tmp_path: Path, dtype: torch.dtype, kind: Any, pipeline: Any) -> None:
     bench = Bench(tmp_path, dtype)
     nets = [bench.add("net", 1), bench.add("other", 2)]
     request = bench.request(
-        FluxGeneralInput, controlnets=[net_of(), net_of("other", "second", conditioning_scale=0.4, end_percentage=0.6)]
+        kind, controlnets=[net_of(), net_of("other", "second", conditioning_scale=0.4, end_percentage=0.6)]
     )
     expected = bench.expected(
-        FluxControlNetPipeline,
+        pipeline,
         FluxMultiControlNetModel(nets),
         request,
         control_image=[bench.image("first"), bench.image("second")],
+        # Only unions have modes, but without these, diffusers' pipelines for input images run none of the nets.
+        control_mode=[0, 0],
         controlnet_conditioning_scale=[1.0, 0.4],
         control_guidance_start=[0.0, 0.0],
         control_guidance_end=[1.0, 0.6],
@@ -106,17 +110,18 @@ def test_several_control_nets_equal_the_pipeline(tmp_path: Path, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_union_equals_the_pipeline(tmp_path: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("kind", "pipeline"), KINDS)
+def test_a_union_equals_the_pipeline(tmp_path: Path, dtype: torch.dtype, kind: Any, pipeline: Any) -> None:
     bench = Bench(tmp_path, dtype)
     net = bench.add("net", 1, num_mode=10)
     controls: list[dict[str, Any]] = [
         {"control_image_url": "first", "control_mode": "canny", "conditioning_scale": 0.8},
         {"control_image_url": "second", "control_mode": "depth"},
     ]
-    request = bench.request(FluxGeneralInput, controlnet_unions=[{"path": "net", "controls": controls}])
+    request = bench.request(kind, controlnet_unions=[{"path": "net", "controls": controls}])
     found = bench.generate(request)
     expected = bench.expected(
-        FluxControlNetPipeline,
+        pipeline,
         FluxMultiControlNetModel([net]),
         request,
         control_image=[bench.image("first"), bench.image("second")],
@@ -127,7 +132,7 @@ def test_a_union_equals_the_pipeline(tmp_path: Path, dtype: torch.dtype) -> None
     )
     assert difference(found, expected) == 0
     controls[0]["control_mode"] = "blur"
-    other = bench.request(FluxGeneralInput, controlnet_unions=[{"path": "net", "controls": controls}])
+    other = bench.request(kind, controlnet_unions=[{"path": "net", "controls": controls}])
     assert difference(bench.generate(other), found) > 0
 
 
@@ -185,10 +190,9 @@ def test_control_nets_need_a_plan_that_keeps_everything_on_the_gpu(bench: Bench)
     bench.add("net", 1)
     bench.engine.plan = next(plan for plan in PLANS if not plan.is_resident)
     request = bench.request(FluxGeneralInput, controlnets=[net_of()])
-    with pytest.raises(
-        GenerationFailed, match="Control nets and IP adapters do not work with this server's memory plan"
-    ):
+    with pytest.raises(IncompatibleInput, match="adapters do not work with this server's memory plan") as error:
         bench.generate(request)
+    assert error.value.loc == ("controlnets", 0, "path")
 
 
 def test_a_hostile_control_net_is_named_and_changes_nothing(bench: Bench) -> None:
@@ -240,12 +244,20 @@ def test_the_configuration_follows_from_the_weights(bench: Bench) -> None:
     [
         ({"controlnets": [net_of(mask_url="x")]}, ("controlnets", 0, "mask_url")),
         ({"controlnets": [net_of(variant="fp16")]}, ("controlnets", 0, "variant")),
+        ({"controlnets": [net_of(ip_adapter_index=1)]}, ("controlnets", 0, "ip_adapter_index")),
         ({"controlnets": [net_of()] * 5}, ("controlnets",)),
         (
             {"controlnets": [net_of(start_percentage=0.5, end_percentage=0.5)]},
             ("controlnets", 0, "end_percentage"),
         ),
         ({"controlnet_unions": [{"path": "net", "controls": []}]}, ("controlnet_unions", 0, "controls")),
+        *(
+            (
+                {"controlnet_unions": [{"path": "net", "controls": [CANNY | {name: value}]}]},
+                ("controlnet_unions", 0, "controls", 0, name),
+            )
+            for name, value in {"mask_image_url": "x", "mask_threshold": 0.4}.items()
+        ),
     ],
 )
 def test_what_is_not_supported_is_named(bench: Bench, fields: dict[str, Any], loc: tuple[str | int, ...]) -> None:

@@ -145,3 +145,31 @@ def test_an_image_for_the_prompt_follows_it_as_in_the_prior_pipeline(files: dict
     assert text.prompt_embeds.shape[1] == engine.num_text_tokens + redux.num_image_tokens
     without = engine.start(request_with(), 5, files)
     assert task.step_work > without.step_work
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_image_for_the_prompt_equals_the_pipelines(files: dict[str, Path], dtype: torch.dtype) -> None:
+    pipeline = fill_pipeline(dtype)
+    redux = Redux(prior(dtype, tiny_flux.TEXT_WIDTH), pipeline.transformer)
+    engine = FluxEngine(pipeline, AllSafeChecker(), tiers_of(pipeline.transformer), "cpu", redux=redux)
+    request = request_with(fill_image={"fill_image_url": "unused"}, paste_back=False)
+    task = engine.start(request, 5, {**files, "fill_image.fill_image_url": files["image_url"]})
+    (image,) = finish_task(engine, task)
+    plain = engine.prompts.encode(request.prompt, pipeline)
+    given = {"prompt_embeds": plain.prompt_embeds, "pooled_prompt_embeds": plain.pooled_prompt_embeds}
+    # Given a prompt's states, this pipeline needs its text encoders only to know that there is a prompt.
+    parts = {name: pipeline.components[name] for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")}
+    both = FluxPriorReduxPipeline(**{**redux.prior.components, **parts})
+    found = both(Image.open(files["image_url"]), **given)
+    width, height = image.size
+    expected = diffusers_pipeline(dtype)(
+        image=Image.open(files["image_url"]),
+        mask_image=Image.open(files["mask_url"]),
+        width=width,
+        height=height,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(5),
+        **found,
+    ).images[0]
+    assert difference(image, expected) == 0

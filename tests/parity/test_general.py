@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
+    FluxControlImg2ImgPipeline,
     FluxControlInpaintPipeline,
     FluxControlPipeline,
     FluxImg2ImgPipeline,
@@ -123,7 +124,11 @@ def test_the_shifts_equal_the_pipelines(files: dict[str, Path], kind: Any, pipel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("kind", "pipeline"),
-    [(FluxGeneralInput, FluxControlPipeline), (FluxGeneralInpaintingInput, FluxControlInpaintPipeline)],
+    [
+        (FluxGeneralInput, FluxControlPipeline),
+        (FluxGeneralImageToImageInput, FluxControlImg2ImgPipeline),
+        (FluxGeneralInpaintingInput, FluxControlInpaintPipeline),
+    ],
 )
 def test_a_control_lora_equals_the_pipeline(
     files: dict[str, Path], dtype: torch.dtype, kind: Any, pipeline: Any
@@ -240,7 +245,12 @@ def test_a_hostile_control_lora_is_named_and_changes_nothing(files: dict[str, Pa
         ("use_beta_schedule", True),
         ("sigma_schedule", "sgm_uniform"),
         ("scheduler", "dpmpp_2m"),
+        ("reference_start", 0.1),
+        ("reference_end", 0.9),
         ("nag_scale", 4),
+        ("nag_tau", 2),
+        ("nag_alpha", 0.5),
+        ("nag_end", 0.5),
         ("negative_prompt", "a tree"),
     ],
 )

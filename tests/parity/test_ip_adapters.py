@@ -158,6 +158,10 @@ def test_a_hostile_ip_adapter_is_named_and_changes_nothing(bench: Bench) -> None
         ({"ip_adapter_mask_url": "x"}, "ip_adapter_mask_url"),
         ({"weight_name": "x"}, "weight_name"),
         ({"scale_json": {"a": 1}}, "scale_json"),
+        ({"model_subfolder": "x"}, "model_subfolder"),
+        ({"insight_face_model_path": "x"}, "insight_face_model_path"),
+        ({"unconditional_noising_factor": 0.1}, "unconditional_noising_factor"),
+        ({"image_projection_shortcut": False}, "image_projection_shortcut"),
         ({"ip_adapter_image_url": ["a", "b"]}, "ip_adapter_image_url"),
     ],
 )

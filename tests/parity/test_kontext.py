@@ -10,7 +10,9 @@ from diffusers import FluxKontextInpaintPipeline, FluxKontextPipeline, FluxPipel
 from PIL import Image
 
 from models.flux import batch
-from models.flux_kontext import FluxKontextDevInput, FluxKontextLoraInpaintInput
+from models.flux.flops import step_flops
+from models.flux_dev import FluxDevInput
+from models.flux_kontext import FluxKontextDevInput, FluxKontextLoraInpaintInput, FluxKontextLoraInput
 from tests.support import tiny_flux
 from tests.support.diffusers_calls import image_of, pipeline_of
 from tests.support.tiny_flux import difference, finish_task, run_steps
@@ -38,13 +40,31 @@ def call_diffusers(kind: Any, pipeline: FluxPipeline, request: Any, size: tuple[
     return image_of(kontext, request, size, max_area=width * height, **images)
 
 
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    return tiny_flux.write_lora(tmp_path / "lora.safetensors", 1)
+
+
+def add_lora(pipeline: FluxPipeline, lora: Path, scale: float) -> None:
+    """Load a LoRA into a pipeline of diffusers."""
+    pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="only")
+    pipeline.set_adapters(["only"], [scale])
+
+
+@pytest.mark.parametrize("has_lora", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_an_edit_equals_the_pipeline(reference: Path, dtype: torch.dtype) -> None:
+def test_an_edit_equals_the_pipeline(reference: Path, lora: Path, dtype: torch.dtype, has_lora: bool) -> None:
     engine, pipeline = tiny_flux.engine(dtype), tiny_flux.pipeline(dtype)
-    request = FluxKontextDevInput.model_validate(
-        {"prompt": "a fish", "image_url": "unused", "num_inference_steps": NUM_STEPS}
-    )
-    (image,) = finish_task(engine, engine.start(request, 5, {"image_url": reference}))
+    body: dict[str, Any] = {"prompt": "a fish", "image_url": "unused", "num_inference_steps": NUM_STEPS}
+    request: Any = FluxKontextDevInput.model_validate(body)
+    files = {"image_url": reference}
+    if has_lora:
+        # Its steps start at ten.
+        more = {"loras": [{"path": "unused", "scale": 0.7}], "num_inference_steps": 10}
+        request = FluxKontextLoraInput.model_validate({**body, **more})
+        files["loras.0.path"] = lora
+        add_lora(pipeline, lora, 0.7)
+    (image,) = finish_task(engine, engine.start(request, 5, files))
     assert image.size == (80, 32)
     source = Image.open(reference)
     assert difference(image, call_diffusers(FluxKontextPipeline, pipeline, request, source.size, image=source)) == 0
@@ -65,6 +85,17 @@ def test_inpainting_equals_the_pipeline(reference: Path, tmp_path: Path) -> None
     expected = call_diffusers(FluxKontextInpaintPipeline, pipeline, request, size, **opened)
     assert image.size == size
     assert difference(image, expected) == 0
+
+
+def test_the_tokens_of_the_reference_are_counted_as_work(reference: Path) -> None:
+    engine = tiny_flux.engine()
+    edit = FluxKontextDevInput.model_validate({"prompt": "a fish", "image_url": "unused"})
+    task = engine.start(edit, 5, {"image_url": reference})
+    plain = engine.start(FluxDevInput(prompt="a fish", image_size={"width": 80, "height": 64}), 5)
+    config = engine.pipeline.transformer.config
+    # The reference is scaled to 1568x672, of which 16x16 pixels are a token.
+    tokens = 5 * 2 + 98 * 42
+    assert task.step_work == step_flops(config, tokens, engine.num_text_tokens) > 50 * plain.step_work
 
 
 @pytest.mark.parametrize("acceleration", ["regular", "high"])

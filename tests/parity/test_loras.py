@@ -133,6 +133,17 @@ def test_the_least_recently_used_loras_are_evicted(tmp_path: Path) -> None:
     assert difference(again, generate(tiny_flux.engine(), request, paths[0])) == 0
 
 
+def test_a_file_in_fp8_counts_as_it_is_kept(tmp_path: Path) -> None:
+    engine = tiny_flux.engine()
+    request, _ = request_with(1.0, num_inference_steps=1)
+    paths = [write_lora(tmp_path / f"{seed}.safetensors", seed) for seed in range(3)]
+    engine.loras = LoraManager(engine.pipeline, kept_bytes=2 * paths[0].stat().st_size)
+    for path in paths:
+        save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(path).items()}, path)
+        generate(engine, request, path)
+    assert engine.loras.names == [path.stem for path in paths[-2:]]
+
+
 def test_loras_are_evicted_even_if_another_does_not_fit(tmp_path: Path, files: list[Path]) -> None:
     engine = tiny_flux.engine()
     engine.loras = LoraManager(engine.pipeline, kept_bytes=3 * files[0].stat().st_size)

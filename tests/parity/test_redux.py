@@ -61,18 +61,20 @@ def inputs_of(source: Path) -> Mapping[str, Path]:
     return {"image_url": source}
 
 
+@pytest.mark.parametrize("size", [(96, 64), pytest.param((64, 160), marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("endpoint", [name for name in discover() if name.endswith("/redux")])
-def test_equals_the_pipelines(source: Path, dtype: torch.dtype, endpoint: str) -> None:
-    body = {"image_url": "unused", "image_size": {"width": 96, "height": 64}, "num_inference_steps": 2}
+def test_equals_the_pipelines(source: Path, dtype: torch.dtype, endpoint: str, size: tuple[int, int]) -> None:
+    width, height = size
+    body = {"image_url": "unused", "image_size": {"width": width, "height": height}, "num_inference_steps": 2}
     request: Any = discover()[endpoint].Input.model_validate(body)
     diffusers_pipeline = tiny_flux.pipeline(dtype)
     diffusers_pipeline.transformer = tiny_flux.transformer(dtype, **TRUE_WIDTHS)
     embeds = prior(dtype, 4096)(Image.open(source))
     expected = diffusers_pipeline(
         **embeds,
-        width=96,
-        height=64,
+        width=width,
+        height=height,
         num_inference_steps=2,
         guidance_scale=request.guidance_scale,
         generator=torch.Generator("cpu").manual_seed(5),

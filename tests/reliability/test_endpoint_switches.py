@@ -44,7 +44,7 @@ class Caller:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("turns", [20, pytest.param(TURNS, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("turns", [12, pytest.param(TURNS, marks=pytest.mark.thorough)])
 def test_switches_between_endpoints(tmp_path: Path, turns: int) -> None:
     """The weights are loaded once, memory does not grow, and the images equal those of a new process."""
     memory_used: list[int] = []
@@ -64,8 +64,8 @@ def test_switches_between_endpoints(tmp_path: Path, turns: int) -> None:
     assert images == expected
     assert len(set.union(*expected.values())) == len(ENDPOINTS)
     # Measured: one megabyte more.
-    tenth = turns // 10
-    assert max(memory_used[-tenth:]) < max(memory_used[tenth : 2 * tenth]) + 25_000_000
+    some = max(4, turns // 10)
+    assert max(memory_used[-some:]) < max(memory_used[some : 2 * some]) + 25_000_000
 
 
 @pytest.mark.thorough

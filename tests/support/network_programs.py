@@ -17,6 +17,7 @@ import httpx
 from PIL import Image
 
 from models.loading.specs import DEMO
+from models.schema import EXAMPLE_IMAGE
 from tests.support.fake_hub import COMMIT
 from tests.support.network import PUBLIC, Resolver, TrafficRecorder, catch_all_server, route_everything_here
 from tests.support.server_process import ROOT, TEST_MODELS, Server, serving, serving_with_proxy
@@ -63,6 +64,10 @@ def _send_image(client: httpx.Client, url: str) -> httpx.Response:
     return client.post("/test/copy", json={"prompt": "", "image_url": url})
 
 
+def _send_mask(client: httpx.Client, url: str) -> httpx.Response:
+    return client.post("/test/inpaint", json={"prompt": "", "image_url": EXAMPLE_IMAGE, "mask_url": url})
+
+
 def _send_lora(client: httpx.Client, url: str) -> httpx.Response:
     return client.post("/test/lora", json={"prompt": "", "loras": [{"path": url}]})
 
@@ -78,6 +83,7 @@ def _by_redirect(send: Callable[[httpx.Client, str], httpx.Response]) -> Callabl
 
 WAYS: Mapping[str, Callable[[httpx.Client, str], httpx.Response]] = {
     "image": _send_image,
+    "mask": _send_mask,
     "lora": _send_lora,
     "webhook": _send_webhook,
     "image by redirect": _by_redirect(_send_image),

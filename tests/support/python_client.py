@@ -22,11 +22,14 @@ def env_variables(server: Server) -> dict[str, str]:
     return dict(token.split("=", 1) for token in tokens if token != "export")
 
 
-def run_client(server: Server, *arguments: str, **variables: str) -> Any:
-    """Run a fal-client program with PATH, the variables of `flux-server env` and these variables; return its output."""
+def run_client(server: Server, *arguments: str, seconds: float = 60, **variables: str) -> Any:
+    """Run a fal-client program with PATH, the variables of `flux-server env` and these variables; return its output.
+
+    It may run for this many seconds.
+    """
     environment = {"PATH": os.environ["PATH"], **env_variables(server), **variables}
     command = [sys.executable, "-m", "tests.support.fal_client_calls", *arguments]
-    process = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=60)
+    process = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=seconds)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
 

@@ -3,13 +3,25 @@
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from models import discover
-from models.schema import EXAMPLE_IMAGE, InputURL
+from models.flux_fill import ImageFillInput
+from models.general_parts import ControlLoraWeight, ControlNet, ControlNetUnion, ControlNetUnionInput, IPAdapter
+from models.schema import EXAMPLE_IMAGE, InputURL, LoraWeight
 from server.api.fal_openapi import input_and_output
-from tests.support.fal_endpoints import FACTS
+from tests.support.fal_endpoints import FACTS, PARTS
 
 MODELS = discover()
+OBJECTS: list[type[BaseModel]] = [
+    LoraWeight,
+    ImageFillInput,
+    ControlLoraWeight,
+    ControlNet,
+    ControlNetUnion,
+    ControlNetUnionInput,
+    IPAdapter,
+]
 #: Fields that are not in the metadata of an image: files, and what the image itself or the answer tells.
 NOT_IN_METADATA = {
     "loras",
@@ -60,6 +72,21 @@ def test_the_defaults_ranges_and_choices_are_fals(endpoint: str) -> None:
         assert field.get("enum") == fact.get("enum"), name
         if "range" in fact:
             assert [field["minimum"], field["maximum"]] == fact["range"], name
+
+
+def test_the_facts_are_those_of_all_objects_in_inputs() -> None:
+    assert [kind.__name__ for kind in OBJECTS] == list(PARTS)
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_the_objects_in_inputs_are_fals(kind: type[BaseModel]) -> None:
+    schema, facts = kind.model_json_schema(), PARTS[kind.__name__]
+    assert list(schema["properties"]) == list(facts)
+    assert set(schema.get("required", ())) == {field for field, fact in facts.items() if fact.get("required")}
+    for field, fact in facts.items():
+        described = schema["properties"][field]
+        assert (described.get("default") or None) == fact.get("default"), field
+        assert described.get("enum") == fact.get("enum"), field
 
 
 @pytest.mark.parametrize("endpoint", MODELS)

@@ -242,7 +242,7 @@ def test_a_link_holds_the_settings(browser: Browser, playing: Server, page: Page
         # The address holds the settings until they change.
         assert other.url == link
         other.get_by_label("Seed", exact=True).fill("12")
-        assert other.url == f"{playing.url}/"
+        expect(other).to_have_url(f"{playing.url}/")
     choose(page, "test/unsafe")
     page.get_by_label("Prompt", exact=True).fill("something else")
     page.goto(link)

@@ -68,6 +68,21 @@ def test_what_ip_adapters_need_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         assert checks(tmp_path, HUB_ID)[f"{HUB_ID} IP adapters"].message.endswith(message)
 
 
+def test_endpoints_that_lack_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other endpoints are served, so the check passes."""
+    monkeypatch.setattr("models.loading.hub.cached_path", lambda *_: None)
+    found = checks(tmp_path, HUB_ID)
+    assert found[f"{HUB_ID} redux"] == Check(
+        f"{HUB_ID} redux",
+        True,
+        "fal-ai/flux-1/dev/redux, fal-ai/flux/dev/redux: not served without black-forest-labs/FLUX.1-Redux-dev;"
+        " run `flux-server pull black-forest-labs/FLUX.1-Redux-dev`",
+    )
+    assert "fal-ai/flux-control-lora-canny" in found[f"{HUB_ID} canny-lora"].message
+    assert found[f"{HUB_ID} control nets"].message == "work with the memory plan resident"
+    assert not [name for name in checks(tmp_path) if name.endswith((" redux", "-lora"))]
+
+
 def test_no_plan_is_recommended_when_none_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.loading.hub.cached_path", lambda *_: None)
     memory = psutil.virtual_memory()._replace(available=23_200_000_000)

@@ -22,16 +22,17 @@ from models.flux_fill import FluxLoraFillInput
 from models.flux_general import FluxGeneralInput
 from models.flux_kontext import FluxKontextLoraInpaintInput
 from models.flux_lora import FluxLoraImageToImageInput, FluxLoraInpaintingInput
+from models.image_size import Limits
 from models.loading.specs import DEMO
 from models.schema import EXAMPLE_IMAGE, EXAMPLE_MASK, ImageInput
-from server.errors import InternalError, InvalidInput
+from server.errors import InternalError, InvalidInput, InvalidInputFile
 from server.inputs import child_process, images
 from server.inputs.resolver import dump_input
 from tests.support.components import Clock, Components, open_components, submission
 from tests.support.hostile_images import ACCEPTED, AVIF, GIF, PNG, REFUSED
 from tests.support.image_files import data_uri, encode, noise_image
 from tests.support.server_process import Gate, Server, free_port, serving, wait_until_claimed, wait_until_completed
-from tests.support.tiny_kinds import control_net_for
+from tests.support.tiny_kinds import control_lora_for, control_net_for, ip_adapter_for
 from tests.unit.net.test_outbound import FORBIDDEN
 
 COPY = "/test/copy"
@@ -432,39 +433,91 @@ def test_hostile_masks_are_rejected(components: Components, name: str) -> None:
     assert (entry["loc"], entry["type"]) == (["body", "mask_url"], error_type)
 
 
-#: A request for each other field with an image, without that field, and the path of the field.
-OTHER_FIELDS: list[tuple[type[ImageInput], tuple[str, ...]]] = [
-    (FluxControlLoraCannyInput, ("control_lora_image_url",)),
-    (FluxControlLoraDepthImageToImageInput, ("control_lora_image_url",)),
-    (FluxKontextLoraInpaintInput, ("reference_image_url",)),
-    (FluxLoraFillInput, ("fill_image", "fill_image_url")),
+NET, ADAPTER = data_uri(control_net_for(DEMO, 1)), data_uri(ip_adapter_for(DEMO, 1))
+CONTROL_LORA = data_uri(control_lora_for(DEMO, 1))
+#: A request for each other field with an image, in which `IMAGE` stands for it, and the path of the field.
+IMAGE = "IMAGE"
+OTHER_FIELDS: list[tuple[type[ImageInput], dict[str, Any], tuple[str | int, ...]]] = [
+    (FluxControlLoraCannyInput, {"control_lora_image_url": IMAGE}, ("control_lora_image_url",)),
+    (FluxControlLoraDepthImageToImageInput, {"control_lora_image_url": IMAGE}, ("control_lora_image_url",)),
+    (FluxKontextLoraInpaintInput, {"reference_image_url": IMAGE}, ("reference_image_url",)),
+    (FluxLoraFillInput, {"fill_image": {"fill_image_url": IMAGE}}, ("fill_image", "fill_image_url")),
+    (FluxGeneralInput, {"controlnets": [{"path": NET, "image_url": IMAGE}]}, ("controlnets", 0, "image_url")),
+    (
+        FluxGeneralInput,
+        {"controlnet_unions": [{"path": NET, "controls": [{"control_image_url": IMAGE, "control_mode": "canny"}]}]},
+        ("controlnet_unions", 0, "controls", 0, "control_image_url"),
+    ),
+    (
+        FluxGeneralInput,
+        {"control_loras": [{"path": CONTROL_LORA, "control_image_url": IMAGE}]},
+        ("control_loras", 0, "control_image_url"),
+    ),
+    (
+        FluxGeneralInput,
+        {"ip_adapters": [{"path": ADAPTER, "ip_adapter_image_url": IMAGE}]},
+        ("ip_adapters", 0, "ip_adapter_image_url"),
+    ),
 ]
 
 
-def test_control_images_and_control_nets_are_checked(components: Components) -> None:
-    good, net, lora = data_uri(encode(noise_image())), data_uri(control_net_for(DEMO, 1)), data_uri(b"lora")
-    for path, image, loc in ((net, data_uri(b"no image"), "image_url"), (lora, good, "path")):
-        request = FluxGeneralInput.model_validate({"prompt": "x", "controlnets": [{"path": path, "image_url": image}]})
-        with pytest.raises(InvalidInput) as rejected:
-            asyncio.run(components.inputs.resolve(request, "me"))
-        assert rejected.value.detail[0]["loc"] == ["body", "controlnets", 0, loc]
+def with_image(value: Any, url: str) -> Any:
+    """Return a copy of a request's fields in which a URL takes the place of IMAGE."""
+    if isinstance(value, dict):
+        return {name: with_image(part, url) for name, part in value.items()}
+    if isinstance(value, list):
+        return [with_image(part, url) for part in value]
+    return url if value == IMAGE else value
+
+
+#: The fields with files of weights, each in a request without the file, and what they hold.
+WEIGHTS: list[tuple[str, dict[str, Any], str]] = [
+    ("controlnets", {"image_url": EXAMPLE_IMAGE}, "control_net"),
+    ("controlnet_unions", {"controls": [{"control_image_url": EXAMPLE_IMAGE, "control_mode": "canny"}]}, "control_net"),
+    ("control_loras", {"control_image_url": EXAMPLE_IMAGE}, "lora"),
+    ("ip_adapters", {"ip_adapter_image_url": EXAMPLE_IMAGE}, "ip_adapter"),
+]
+#: Good files of each kind, in fields of other kinds.
+WRONG_KINDS = {"lora": NET, "control_net": ADAPTER, "ip_adapter": CONTROL_LORA}
+
+
+@pytest.mark.parametrize(("name", "fields", "kind"), WEIGHTS)
+def test_weights_of_another_kind_are_rejected(
+    components: Components, name: str, fields: dict[str, Any], kind: str
+) -> None:
+    request = FluxGeneralInput.model_validate({"prompt": "x", name: [{**fields, "path": WRONG_KINDS[kind]}]})
+    with pytest.raises(InvalidInput) as rejected:
+        asyncio.run(components.inputs.resolve(request, "me"))
+    (entry,) = rejected.value.detail
+    assert (entry["loc"], entry["type"]) == (["body", name, 0, "path"], "value_error")
+    assert "it holds no" in entry["msg"]
 
 
 @pytest.mark.parametrize("name", ["bomb", "truncated png", "two million chunks"])
-@pytest.mark.parametrize(("kind", "path"), OTHER_FIELDS)
+@pytest.mark.parametrize(("kind", "fields", "path"), OTHER_FIELDS)
 def test_hostile_images_in_other_fields_are_rejected(
-    components: Components, kind: type[ImageInput], path: tuple[str, ...], name: str
+    components: Components, kind: type[ImageInput], fields: dict[str, Any], path: tuple[str | int, ...], name: str
 ) -> None:
     content, error_type = REFUSED[name]
-    field: Any = data_uri(content)
-    for part in reversed(path):
-        field = {part: field}
     known = {"prompt": "x", "image_url": EXAMPLE_IMAGE, "mask_url": EXAMPLE_MASK}
-    request = kind.model_validate({**known, **field})
+    request = kind.model_validate({**known, **with_image(fields, data_uri(content))})
     with pytest.raises(InvalidInput) as rejected:
         asyncio.run(components.inputs.resolve(request, "me"))
     (entry,) = rejected.value.detail
     assert (entry["loc"], entry["type"]) == (["body", *path], error_type)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_hostile_images_whose_transparency_is_a_mask_are_rejected(tmp_path: Path, name: str) -> None:
+    """OpenAI's clients send such masks. Most of these images have no transparency, which is found last."""
+    content, error_type = REFUSED[name]
+    (tmp_path / "mask").write_bytes(content)
+    with pytest.raises(InvalidInputFile) as rejected:
+        images.decode_transparency(tmp_path / "mask", Limits(2048, 4_194_304))
+    assert rejected.value.type in (error_type, "value_error")
+    if rejected.value.type == "value_error":
+        assert "has no transparency" in str(rejected.value)
+        assert error_type == "image_too_small"
 
 
 @pytest.mark.parametrize("name", ACCEPTED)

@@ -272,7 +272,16 @@ def test_bench_reports_the_problem(directory: Path, name: str, monkeypatch: pyte
     assert torch.get_default_dtype() == before
 
 
-@pytest.mark.parametrize("name", ["a list too short", "weights cut off", "an index too short", "a word for a number"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a list too short",
+        *(
+            pytest.param(name, marks=pytest.mark.thorough)
+            for name in ("weights cut off", "an index too short", "a word for a number")
+        ),
+    ],
+)
 def test_serve_reports_the_problem_and_exits(tmp_path: Path, directory: Path, name: str) -> None:
     damage, message = ALL[name]
     damage(directory)

@@ -87,6 +87,14 @@ def test_what_cannot_be_loaded_is_refused_before_loading(
     assert str(directory / component) in str(error.value)
 
 
+def test_fp8_of_torchao_is_multiplied_in_bf16(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized_files, "_is_installed", lambda module: True)
+    quantized(directory, {"quant_method": "torchao", "quant_type": {"default": {"_type": "Float8WeightOnlyConfig"}}})
+    with pytest.raises(OSError, match="use --dtype bfloat16"):
+        quantized_files.check(directory, "cpu", "float32")
+    quantized_files.check(directory, "cpu", "bfloat16")
+
+
 def test_nunchaku_needs_kernels_that_the_operator_allows(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantized_files, "_is_installed", lambda module: True)
     quantized(directory, NUNCHAKU)
