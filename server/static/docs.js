@@ -5,12 +5,21 @@ const withoutLinks = (Original, { React }) => ({ text }) => React.createElement(
 
 const root = document.getElementById("swagger-ui");
 
-// Swagger UI names no list of choices, and the keyboard does not reach its examples, which scroll.
+// Names of what Swagger UI does not name, by selector; the first that fits is taken.
+const NAMES = { ".close-modal": "Close", ".auth-container input": "Key", "#servers": "Server", select: "Media type", textarea: "Request body" };
+
+function nameOf(node) {
+  const { paramName, propertyName } = node.closest("[data-param-name], [data-property-name]")?.dataset ?? {};
+  return paramName ?? propertyName ?? NAMES[Object.keys(NAMES).find((selector) => node.matches(selector))];
+}
+
 new MutationObserver(() => {
-  for (const select of root.querySelectorAll("select:not([aria-label])")) {
-    const row = select.closest("[data-param-name]");
-    select.setAttribute("aria-label", row?.dataset.paramName ?? (select.id === "servers" ? "Server" : "Media type"));
+  for (const node of root.querySelectorAll(`:is(${Object.keys(NAMES)}):not([aria-label])`)) {
+    node.setAttribute("aria-label", nameOf(node));
   }
+  // These buttons have other names than their texts.
+  for (const button of root.querySelectorAll(".auth-btn-wrapper [aria-label]")) button.removeAttribute("aria-label");
+  // Examples scroll, so the keyboard must reach them.
   for (const example of root.querySelectorAll(".highlight-code > :not([tabindex])")) example.tabIndex = 0;
 }).observe(root, { childList: true, subtree: true });
 

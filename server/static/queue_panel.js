@@ -29,8 +29,9 @@ export function update(run, changePriority) {
 function removeRow(run) {
   const node = rows.get(run)?.node;
   const next = node?.contains(document.activeElement) && (node.nextElementSibling ?? node.previousElementSibling);
-  node?.remove();
   if (next) next.querySelector("button:not([hidden])").focus();
+  else if (rows.has(run) && rows.size === 1 && byId("queue").contains(document.activeElement)) byId("tab-images").focus();
+  node?.remove();
 }
 
 function createRow(run, changePriority) {

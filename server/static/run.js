@@ -14,7 +14,9 @@ export class Run {
     this.lines = [];
     this.position = null;
     this.state = element("p", { className: "state", textContent: "Sending…" });
+    // Screen readers say how it ends, not each step.
     this.state.setAttribute("role", "status");
+    this.state.setAttribute("aria-live", "off");
     this.bar = element("progress", { max: 1, ariaLabel: "Steps" });
     this.images = element("div", { className: "images" });
     this.cancelButton = button("Cancel", () => this.cancel());
@@ -117,6 +119,7 @@ export class Run {
   }
 
   end(state) {
+    this.state.setAttribute("aria-live", "polite");
     this.state.textContent = state;
     this.bar.hidden = this.cancelButton.hidden = true;
     this.isDone = true;

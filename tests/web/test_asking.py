@@ -79,6 +79,9 @@ def test_the_queue_panel_estimates_and_cancels(page: Page, gate: Gate) -> None:
 
     It is always in sight, and moves no image.
     """
+    choose(page, "test/null")
+    for prompt in ("one", "two", "three"):
+        expect(run(page, prompt).locator("figure img")).to_be_visible()
     choose(page, "test/gate")
     place = page.locator("#runs").bounding_box()
     run(page, str(gate.path))
@@ -103,7 +106,8 @@ def test_the_queue_panel_estimates_and_cancels(page: Page, gate: Gate) -> None:
     panel.get_by_role("button", name="Cancel all").click()
     gate.release_all()
     expect(panel).to_be_hidden()
-    expect(page.locator("#runs > li.run .state")).to_contain_text(["cancelled"] * 4)
+    expect(page.get_by_role("tab", name="Images")).to_be_focused()
+    expect(page.locator("#runs > li.run .state")).to_contain_text([*["cancelled"] * 4, *["Seed"] * 3])
 
 
 def test_a_request_that_cannot_be_cancelled_stays(page: Page, gate: Gate) -> None:

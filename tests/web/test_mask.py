@@ -49,6 +49,18 @@ def stroke(page: Page, *places: tuple[float, float]) -> None:
     page.mouse.up()
 
 
+def test_the_brush_follows_a_finger(browser: Browser, playing: Server) -> None:
+    for page in open_page(browser, playing.url, viewport={"width": 390, "height": 844}, has_touch=True):
+        start(page)
+        box: Any = page.locator("dialog.mask canvas").bounding_box()
+        devtools = page.context.new_cdp_session(page)
+        for kind, share in (("touchStart", 0.3), ("touchMove", 0.5), ("touchMove", 0.7), ("touchEnd", None)):
+            point = {"x": box["x"] + (share or 0) * box["width"], "y": box["y"] + 0.5 * box["height"]}
+            devtools.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [point] if share else []})
+        assert drawn_at(page, 0.5, 0.5)
+        assert not drawn_at(page, 0.5, 0.1)
+
+
 def drawn_at(page: Page, x: float, y: float) -> bool:
     """Return whether the mask is drawn at this place, a fraction of the canvas."""
     return bool(

@@ -123,6 +123,10 @@ def test_api_page_is_accessible(node: None, browser: Browser, playing: Server) -
             operation = page.locator(f".opblock-{method}").first
             operation.locator(".opblock-summary-control").click()
             expect(operation.locator(".responses-table").first).to_be_visible()
+            operation.get_by_role("button", name="Try it out").click()
+        assert violations(page) == []
+        page.get_by_role("button", name="Authorize", exact=True).first.click()
+        expect(page.locator(".dialog-ux .modal-ux")).to_be_visible()
         assert violations(page) == []
 
 
@@ -194,6 +198,48 @@ def test_the_queue_is_accessible(node: None, page: Page, gate: Gate) -> None:
     assert fits(page)
     gate.release_all()
     expect(page.locator("#queue")).to_be_hidden()
+
+
+def tab_to(page: Page, selector: str) -> None:
+    """Press Tab until an element that the selector matches has the focus."""
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("selector => document.activeElement.matches(selector)", selector):
+            return
+    raise AssertionError(f"Tab does not reach {selector}")
+
+
+@pytest.mark.parametrize("page", ["desktop"], indirect=True)
+def test_tab_reaches_the_queue_and_what_an_image_offers(page: Page, gate: Gate) -> None:
+    """Come to the queue before the images, however many there are."""
+    choose(page, "test/null")
+    expect(run(page, "an image").locator("figure img")).to_be_visible()
+    choose(page, "test/gate")
+    run(page, str(gate.path))
+    page.get_by_role("tab", name="Images").focus()
+    for selector in ("#cancel-all", "#queue-list button", "#search", "#runs a.open", "#runs .tools button"):
+        tab_to(page, selector)
+    page.locator("#runs a.open").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("dialog.lightbox")).to_be_visible()
+    tab_to(page, "dialog.lightbox select")
+    page.keyboard.press("Escape")
+    expect(page.locator("#runs a.open")).to_be_focused()
+    gate.release_all()
+    expect(page.locator("#queue")).to_be_hidden()
+
+
+@pytest.mark.parametrize("page", ["desktop"], indirect=True)
+def test_screen_readers_hear_the_end_of_a_request_and_no_steps(page: Page, gate: Gate) -> None:
+    choose(page, "test/gate")
+    state = run(page, str(gate.path)).locator(".state")
+    gate.release(2)
+    expect(state).to_have_text("Step 2 of 28")
+    expect(state).to_have_attribute("aria-live", "off")
+    gate.release_all()
+    expect(state).to_contain_text("Seed")
+    expect(state).to_have_attribute("aria-live", "polite")
+    expect(page.locator("#announcement")).to_have_attribute("role", "status")
 
 
 def test_playground_works_with_the_keyboard(page: Page) -> None:
