@@ -107,7 +107,7 @@ async function showCode() {
 // Return the form's first request, and a note if there are others. A seed that the page would choose is left out.
 function formRequest() {
   const { number, prompt } = summary();
-  const note = number > 1 ? [`The form sends ${number} requests. These programs send the first.`] : [];
+  const note = [number > 1 ? `The form sends ${number} requests. These programs send the first.` : "These programs send the request of the form."];
   return { note, endpoint, input: { ...form.read(fields), ...(prompt !== undefined && { prompt }) } };
 }
 
@@ -164,6 +164,7 @@ async function repaint(url, { endpoint: source, input }) {
   const hasMask = await mask.draw();
   if (name !== endpoint) return;
   form.focus(fields, hasMask ? "prompt" : "mask_url");
+  if (hasMask) document.activeElement.select?.();
   if (hasMask) announce(`The form of ${name} now has the mask. Describe what should be there, then press Run.`);
 }
 

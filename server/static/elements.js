@@ -48,11 +48,12 @@ export function iconButton(icon, label, action) {
 
 const ANNOUNCEMENT_MS = 5000;
 
-// Say what happened, in a corner of the window and to screen readers, without moving the focus.
-export function announce(message) {
+// Say what happened, to screen readers and, unless the page shows it elsewhere, in a corner of the window, without
+// moving the focus.
+export function announce(message, isShown = true) {
   const region = [...document.querySelectorAll("dialog[open] .announcement")].at(-1) ?? byId("announcement");
   region.textContent = message;
-  region.classList.toggle("shown", message !== "");
+  region.classList.toggle("shown", isShown && message !== "");
   clearTimeout(region.timer);
   region.timer = setTimeout(() => region.classList.remove("shown"), ANNOUNCEMENT_MS);
 }

@@ -28,18 +28,22 @@ function ownSecondsOfStep(logs) {
   return (Date.parse(steps.at(-1).timestamp) - Date.parse(steps[0].timestamp)) / 1000 / (steps.length - 1);
 }
 
+const stepsLeft = ({ input, step, numSteps }) => (numSteps || (input.num_inference_steps ?? 28)) - step;
+
 // Seconds of work that a request still needs; null if unknown. `run` is { input, step, numSteps, logs }.
-export function workOf({ input, step, numSteps, logs }) {
-  const left = (numSteps || (input.num_inference_steps ?? 28)) - step;
-  const perStep = ownSecondsOfStep(logs) ?? secondsOfStep(input);
-  return perStep === null ? null : left * perStep;
+function workOf(run) {
+  const perStep = ownSecondsOfStep(run.logs) ?? secondsOfStep(run.input);
+  return perStep === null ? null : stepsLeft(run) * perStep;
 }
+
+// The work left by which the server orders the requests that run: how fast one of them was so far does not count.
+const rank = (run) => stepsLeft(run) * (secondsOfStep(run.input) ?? 1);
 
 // Seconds until each of these unfinished requests is done, as [[run, seconds or null], ...] in the order in which they
 // end. Each run has its `position` in the queue, or null while it runs. Of those that run, the one with the least work
 // left comes first, as on the server. Requests of others count as the mean of these. With several GPUs it takes less.
 export function secondsLeft(runs) {
-  const ordered = [...runs].sort((a, b) => (a.position ?? -1) - (b.position ?? -1) || (a.position === null && workOf(a) - workOf(b)) || 0);
+  const ordered = [...runs].sort((a, b) => (a.position ?? -1) - (b.position ?? -1) || (a.position === null && rank(a) - rank(b)) || 0);
   const works = ordered.map(workOf);
   const known = works.filter((work) => work !== null);
   const mean = known.length ? known.reduce((sum, work) => sum + work, 0) / known.length : 0;

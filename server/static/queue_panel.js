@@ -15,7 +15,8 @@ byId("cancel-all").addEventListener("click", async () => {
 // Show a request that has changed. It leaves the panel when it is done. `changePriority(run, priority)` sends a
 // request that has not begun again, with another priority.
 export function update(run, changePriority) {
-  if (run.isDone) {
+  // Before its result is there, a completed request is not done.
+  if (run.isDone || run.node.dataset.status === "COMPLETED") {
     removeRow(run);
     if (rows.delete(run) && rows.size) loadStepTimes().then(render, () => null);
   } else if (!rows.has(run) && ["IN_QUEUE", "IN_PROGRESS"].includes(run.node.dataset.status)) {
@@ -29,8 +30,11 @@ export function update(run, changePriority) {
 function removeRow(run) {
   const node = rows.get(run)?.node;
   const next = node?.contains(document.activeElement) && (node.nextElementSibling ?? node.previousElementSibling);
-  if (next) next.querySelector("button:not([hidden])").focus();
-  else if (rows.has(run) && rows.size === 1 && byId("queue").contains(document.activeElement)) byId("tab-images").focus();
+  // Without a scroll: the panel is in the window already.
+  if (next) next.querySelector("button:not([hidden])").focus({ preventScroll: true });
+  else if (rows.has(run) && rows.size === 1 && byId("queue").contains(document.activeElement)) {
+    byId("tab-images").focus({ preventScroll: true });
+  }
   node?.remove();
 }
 
@@ -63,10 +67,11 @@ function render() {
   byId("queue-title").textContent = `Queue: ${inNumber(rows.size)}${last ? `, ${inWords(last)} left` : ""}`;
 }
 
-// Put the rows in this order. A row that is in place is not moved, because it would lose the focus.
+// Put the rows in this order. A row that is moved would lose the focus.
 function order(nodes) {
-  const list = byId("queue-list");
+  const [list, focused] = [byId("queue-list"), document.activeElement];
   nodes.forEach((node, place) => {
     if (list.children[place] !== node) list.insertBefore(node, list.children[place] ?? null);
   });
+  if (list.contains(focused) && focused !== document.activeElement) focused.focus({ preventScroll: true });
 }

@@ -69,7 +69,10 @@ export const actions = {
   compare,
   toggleFavourite,
   useAsInput: (result) => page.useAsInput(result.url, imageToImageFor(page.config, result.run.request.endpoint), "image_url", result.run.request.input.prompt),
-  useSettings: (run) => page.useSettings(run.request.endpoint, run.settings()),
+  useSettings: async (run) => {
+    await page.useSettings(run.request.endpoint, run.settings());
+    announce("The form has these settings, with the seed.");
+  },
   vary,
   varyStrength,
   confirmDelete: ({ results }) => {
@@ -142,7 +145,7 @@ async function compare(result) {
   }
   if (!chosen) {
     chooseForComparison(result);
-    announce("Image chosen. Choose a second image to compare, or press Escape.");
+    announce("Image chosen. Choose a second image to compare, or press Escape.", false);
     return;
   }
   const other = chosen;

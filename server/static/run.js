@@ -3,6 +3,10 @@
 import * as api from "./api.js";
 import { button, element } from "./elements.js";
 import { figure } from "./figure.js";
+import { PRESETS } from "./labels.js";
+
+// The button for variations takes the place of that for cancelling only later, so that a late click hits neither.
+const PAUSE_MS = 1000;
 
 export class Run {
   // `actions` are the functions that the buttons call: { useSettings(run), vary(run, index), onUpdate(run),
@@ -19,6 +23,7 @@ export class Run {
     this.state.setAttribute("aria-live", "off");
     this.bar = element("progress", { max: 1, ariaLabel: "Steps" });
     this.images = element("div", { className: "images" });
+    this.reservePlace();
     this.cancelButton = button("Cancel", () => this.cancel());
     this.varyButton = button("3 variations", () => actions.vary(this, 0), { hidden: true, title: "Three more images, with neighbouring seeds" });
     this.raw = element("pre", { tabIndex: 0 });
@@ -48,6 +53,21 @@ export class Run {
     return node;
   }
 
+  // Keep the place of the images free, so that nothing moves when they come.
+  reservePlace() {
+    const { image_size: size, num_images: number = 1 } = this.request.input;
+    const [width, height] = PRESETS[size] ?? [size?.width, size?.height];
+    if (!(width && height)) return;
+    const columns = number > 1 ? 2 : 1;
+    this.images.classList.add("pending");
+    this.images.style.aspectRatio = (columns * width) / (Math.ceil(number / columns) * height);
+  }
+
+  freePlace() {
+    this.images.classList.remove("pending");
+    this.images.style.aspectRatio = "";
+  }
+
   // Return the input that reproduces the images. A seed that the server chose is known once the request completes.
   settings() {
     return { ...this.request.input, seed: this.seed ?? this.request.input.seed };
@@ -70,6 +90,7 @@ export class Run {
 
   update({ status, queue_position: position, logs, preview }) {
     this.node.dataset.status = status;
+    this.isFollowed ||= status === "IN_PROGRESS";
     this.position = position ?? null;
     if (logs) {
       this.lines = logs;
@@ -107,7 +128,6 @@ export class Run {
     }));
     this.images.replaceChildren(...this.results.map((result) => figure(result, this.actions)));
     this.images.dataset.count = this.results.length;
-    this.varyButton.hidden = false;
     this.actions.onFinish(this);
   }
 
@@ -121,8 +141,12 @@ export class Run {
   end(state) {
     this.state.setAttribute("aria-live", "polite");
     this.state.textContent = state;
-    this.bar.hidden = this.cancelButton.hidden = true;
-    this.isDone = true;
+    this.bar.hidden = this.cancelButton.disabled = this.isDone = true;
+    this.freePlace();
+    setTimeout(() => {
+      this.cancelButton.hidden = true;
+      this.varyButton.hidden = !this.results.length;
+    }, this.isFollowed ? PAUSE_MS : 0);
     this.actions.onUpdate(this);
     if (this.isDeleted) api.deleteRequest(this.request).catch(this.actions.onError);
   }

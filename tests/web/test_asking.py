@@ -103,6 +103,7 @@ def test_the_queue_panel_estimates_and_cancels(page: Page, gate: Gate) -> None:
     expect(panel.get_by_role("heading")).to_have_text(re.compile(r"Queue: 4 requests, about .* left"))
     panel.locator("li", has_text="third").get_by_role("button", name="Cancel").click()
     expect(panel.locator("li .prompt")).to_have_text([str(gate.path), "second", "fourth"])
+    assert page.evaluate("scrollY") == 0
     panel.get_by_role("button", name="Cancel all").click()
     gate.release_all()
     expect(panel).to_be_hidden()
@@ -132,7 +133,7 @@ def test_the_focus_moves_on_when_a_request_leaves_the_queue(page: Page, gate: Ga
     for prompt in ("apple", "bread"):
         run(page, prompt)
     rows = page.locator("#queue li")
-    rows.filter(has_text="apple").get_by_role("button", name="Cancel").press("Enter")
+    rows.filter(has_text="apple").get_by_role("button", name="Cancel").click()
     expect(rows.locator(".prompt")).to_have_text([str(gate.path), "bread"])
     expect(rows.filter(has_text="bread").get_by_role("button", name="Lower priority")).to_be_focused()
     gate.release_all()

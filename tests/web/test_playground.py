@@ -119,6 +119,24 @@ def test_run_shows_queue_position_steps_and_cancel(page: Page, gate: Gate) -> No
     expect(page.locator("#runs > li.run").nth(1).locator("figure img")).to_be_visible()
 
 
+def test_an_image_moves_nothing_when_it_comes(page: Page, gate: Gate) -> None:
+    """Keep its place free, and offer variations in the place of Cancel only after a while."""
+    choose(page, "test/gate")
+    page.get_by_text("More settings").click()
+    page.get_by_label("Number of inference steps", exact=True).fill("3")
+    card = run(page, str(gate.path))
+    gate.release(2)
+    expect(card.locator(".preview")).to_be_visible()
+    before = card.locator(".images").bounding_box()
+    gate.release_all()
+    expect(card.locator("figure img")).to_be_visible()
+    after = card.locator(".images").bounding_box()
+    assert before and after and before["y"] == after["y"]
+    assert before["height"] == pytest.approx(after["height"], abs=2)
+    expect(card.get_by_role("button", name="3 variations")).to_be_visible()
+    expect(card.get_by_role("button", name="Cancel")).to_be_hidden()
+
+
 def test_history_survives_a_reload_and_reproduces_the_image(page: Page) -> None:
     choose(page, "test/null")
     first = run(page, "kept")
