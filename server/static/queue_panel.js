@@ -12,6 +12,18 @@ byId("cancel-all").addEventListener("click", async () => {
   announce(`${inNumber(cancelled.filter(Boolean).length)} cancelled.`);
 });
 
+byId("toggle-queue").addEventListener("click", () => {
+  const list = byId("queue-list");
+  list.hidden = !list.hidden;
+  byId("toggle-queue").setAttribute("aria-expanded", String(!list.hidden));
+  byId("toggle-queue").textContent = list.hidden ? "Show" : "Hide";
+});
+
+// While the pointer is over the panel, no row moves under it: a row that leaves keeps its place.
+byId("queue").addEventListener("pointerleave", () => {
+  for (const node of byId("queue-list").querySelectorAll(".gone")) node.remove();
+});
+
 // Show a request that has changed. It leaves the panel when it is done. `changePriority(run, priority)` sends a
 // request that has not begun again, with another priority.
 export function update(run, changePriority) {
@@ -29,13 +41,16 @@ export function update(run, changePriority) {
 // Move the focus to the next row, if it was in this one.
 function removeRow(run) {
   const node = rows.get(run)?.node;
-  const next = node?.contains(document.activeElement) && (node.nextElementSibling ?? node.previousElementSibling);
+  const others = [...rows.values()].map((row) => row.node).filter((other) => other !== node);
+  const isAfter = (other) => node.compareDocumentPosition(other) & Node.DOCUMENT_POSITION_FOLLOWING;
+  const next = node?.contains(document.activeElement) && (others.find(isAfter) ?? others.at(-1));
   // Without a scroll: the panel is in the window already.
   if (next) next.querySelector("button:not([hidden])").focus({ preventScroll: true });
   else if (rows.has(run) && rows.size === 1 && byId("queue").contains(document.activeElement)) {
     byId("tab-images").focus({ preventScroll: true });
   }
-  node?.remove();
+  if (byId("queue").matches(":hover")) node?.classList.add("gone");
+  else node?.remove();
 }
 
 function createRow(run, changePriority) {
@@ -45,7 +60,9 @@ function createRow(run, changePriority) {
     await changePriority(run, run.request.priority === "low" ? "normal" : "low");
     priority.disabled = false;
   });
-  const prompt = element("span", { className: "prompt", textContent: run.request.input.prompt || run.request.endpoint });
+  const { prompt: text, seed } = run.request.input;
+  const ofSeed = seed === undefined ? "" : `, seed ${seed}`;
+  const prompt = element("span", { className: "prompt", textContent: `${text || run.request.endpoint}${ofSeed}` });
   const node = element("li", {}, prompt, state, element("span", { className: "actions" }, priority, button("Cancel", () => run.cancel())));
   return { node, state, priority };
 }
@@ -53,6 +70,7 @@ function createRow(run, changePriority) {
 // Update all rows: a change of one request changes the estimates of the others.
 function render() {
   byId("queue").hidden = !rows.size;
+  if (!rows.size) byId("queue-list").replaceChildren();
   const estimates = secondsLeft([...rows.keys()].map((run) => ({ ...run.progress(), run })));
   let last = 0;
   for (const [{ run }, seconds] of estimates) {
@@ -70,8 +88,7 @@ function render() {
 // Put the rows in this order. A row that is moved would lose the focus.
 function order(nodes) {
   const [list, focused] = [byId("queue-list"), document.activeElement];
-  nodes.forEach((node, place) => {
-    if (list.children[place] !== node) list.insertBefore(node, list.children[place] ?? null);
-  });
+  const shown = [...list.children].filter((node) => !node.classList.contains("gone"));
+  if (nodes.some((node, place) => node !== shown[place])) list.replaceChildren(...nodes);
   if (list.contains(focused) && focused !== document.activeElement) focused.focus({ preventScroll: true });
 }

@@ -15,6 +15,9 @@ let page;
 let chosen = null;
 let onlyFavourites = false;
 let cursor = null;
+let isSearching = false;
+// How many pages of earlier requests a search looks at.
+const SEARCHED_PAGES = 5;
 
 // `thePage` is { config, useSettings(endpoint, input), showCodeOf(endpoint, input), useAsInput(url, endpoint, path, prompt),
 // submit(endpoint, input), schemaOf(endpoint), onSeed(seed), repaint(url, request) }.
@@ -24,7 +27,7 @@ export function start(thePage) {
   for (const request of recentRuns.all()) follow(add(request, { isOld: true }));
   byId("earlier").addEventListener("click", () => showEarlier().catch((error) => (byId("problem").textContent = error.message)));
   byId("only-favourites").addEventListener("click", showOnlyFavourites);
-  byId("search").addEventListener("input", filter);
+  byId("search").addEventListener("input", () => search().catch((error) => (byId("problem").textContent = error.message)));
   list.addEventListener("keydown", moveFocus);
 }
 
@@ -114,6 +117,7 @@ async function submitAll(run, inputs) {
 }
 
 function remove(run) {
+  announce("Deleted.");
   const next = run.node.contains(document.activeElement) ? (run.node.nextElementSibling ?? run.node.previousElementSibling) : null;
   if (chosen?.run === run) chooseForComparison(null);
   run.node.remove();
@@ -184,6 +188,21 @@ async function showEarlier() {
   cursor = next;
   byId("earlier").hidden = !hasMore;
   filter();
+}
+
+// Show what fits the words. If nothing does, look at the server's next requests too, but not at all of them.
+async function search() {
+  filter();
+  if (isSearching) return;
+  isSearching = true;
+  try {
+    for (let number = 0; number < SEARCHED_PAGES; number += 1) {
+      if (!byId("search").value || byId("empty").hidden || byId("earlier").hidden) return;
+      await showEarlier();
+    }
+  } finally {
+    isSearching = false;
+  }
 }
 
 // Show only favourites, including those that this browser lists no longer.

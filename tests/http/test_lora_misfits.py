@@ -1,4 +1,4 @@
-"""LoRAs that do not fit the model: every route answers with a client error that names the field."""
+"""LoRAs and other adapters that do not fit the model: the answer is a client error that names the field."""
 
 import base64
 import json
@@ -11,10 +11,12 @@ import pytest
 from safetensors.numpy import save
 
 from models.loading.specs import DEMO
+from models.schema import EXAMPLE_IMAGE
 from tests.support.server_process import serving, wait_until_completed
+from tests.support.tiny_kinds import control_net_for, ip_adapter_for
 from tests.unit.inputs.test_loras import data_uri
 
-ENDPOINT = "fal-ai/flux-lora"
+ENDPOINT, GENERAL = "fal-ai/flux-lora", "fal-ai/flux-general"
 GREY = data_uri((DEMO / "lora" / "grey.safetensors").read_bytes())
 
 
@@ -22,7 +24,7 @@ GREY = data_uri((DEMO / "lora" / "grey.safetensors").read_bytes())
 def demo_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """Open a client of a server with the demo weights."""
     with (
-        serving(tmp_path_factory.mktemp("data"), f"{ENDPOINT}=demo") as server,
+        serving(tmp_path_factory.mktemp("data"), f"{ENDPOINT}=demo", f"{GENERAL}=demo") as server,
         httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
     ):
         yield client
@@ -104,6 +106,43 @@ def test_the_error_names_the_field_and_is_not_retryable(
     assert answer["message"] == f"body.loras.1.path: {entry['msg']}"
     assert "error_type" not in answer
     assert not {"x-fal-retryable", "x-fal-needs-retry", "x-fal-error-type"} & set(headers)
+
+
+#: Adapters of other kinds that do not fit, in fields of `fal-ai/flux-general`, and what the error says.
+OTHER_MISFITS: dict[str, tuple[dict[str, Any], str]] = {
+    "controlnets": (
+        {"path": data_uri(control_net_for(DEMO, 1, joint_attention_dim=24)), "image_url": EXAMPLE_IMAGE},
+        "This control net does not fit this model: ",
+    ),
+    "controlnet_unions": (
+        {
+            "path": data_uri(control_net_for(DEMO, 1, joint_attention_dim=24, num_mode=10)),
+            "controls": [{"control_image_url": EXAMPLE_IMAGE, "control_mode": "canny"}],
+        },
+        "This control net does not fit this model: ",
+    ),
+    "control_loras": (
+        {"path": GREY, "control_image_url": EXAMPLE_IMAGE},
+        "These LoRA weights do not fit this model: ",
+    ),
+    # It would fit, but the demo has no CLIP that reads its image.
+    "ip_adapters": (
+        {"path": data_uri(ip_adapter_for(DEMO, 1)), "ip_adapter_image_url": EXAMPLE_IMAGE},
+        "IP adapters cannot be used",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MISFITS)
+def test_the_error_names_the_field_of_any_other_adapter(demo_client: httpx.Client, name: str) -> None:
+    adapter, message = OTHER_MISFITS[name]
+    request = {"prompt": "a fish", "image_size": {"width": 64, "height": 64}, "num_inference_steps": 1}
+    answer = demo_client.post(f"/{GENERAL}", json={**request, name: [adapter]})
+    assert answer.status_code == 422, answer.text
+    (entry,) = answer.json()["detail"]
+    assert (entry["loc"], entry["type"]) == (["body", name, 0, "path"], "value_error")
+    assert message in entry["msg"]
+    assert demo_client.post(f"/{GENERAL}", json=request).status_code == 200
 
 
 @pytest.mark.parametrize("is_stream", [False, True])

@@ -93,7 +93,7 @@ def test_the_queue_panel_estimates_and_cancels(page: Page, gate: Gate) -> None:
     choose(page, "test/null")
     for prompt in ("second", "third", "fourth"):
         run(page, prompt)
-    expect(panel.locator("li .prompt")).to_have_text([str(gate.path), "second", "third", "fourth"])
+    expect(panel.locator("li:not(.gone) .prompt")).to_have_text([str(gate.path), "second", "third", "fourth"])
     expect(panel.locator("li .state").nth(2)).to_contain_text("Waiting, 1 request ahead")
     gate.release(3)
     expect(panel.locator("li .state").first).to_have_text(
@@ -102,13 +102,39 @@ def test_the_queue_panel_estimates_and_cancels(page: Page, gate: Gate) -> None:
     expect(panel.locator("li .state").nth(3)).to_have_text(re.compile(r"Waiting, 2 requests ahead, about .* left"))
     expect(panel.get_by_role("heading")).to_have_text(re.compile(r"Queue: 4 requests, about .* left"))
     panel.locator("li", has_text="third").get_by_role("button", name="Cancel").click()
-    expect(panel.locator("li .prompt")).to_have_text([str(gate.path), "second", "fourth"])
+    expect(panel.locator("li:not(.gone) .prompt")).to_have_text([str(gate.path), "second", "fourth"])
     assert page.evaluate("scrollY") == 0
+    # It is on the code tab too, and can be folded.
+    page.get_by_role("tab", name="Code").click()
+    panel.get_by_role("button", name="Hide").click()
+    expect(panel.locator("li").first).to_be_hidden()
+    panel.get_by_role("button", name="Show").click()
+    expect(panel.locator("li").first).to_be_visible()
+    page.get_by_role("tab", name="Images").click()
     panel.get_by_role("button", name="Cancel all").click()
     gate.release_all()
     expect(panel).to_be_hidden()
     expect(page.get_by_role("tab", name="Images")).to_be_focused()
     expect(page.locator("#runs > li.run .state")).to_contain_text([*["cancelled"] * 4, *["Seed"] * 3])
+
+
+def test_no_row_moves_under_the_pointer(page: Page, gate: Gate) -> None:
+    """A row that leaves keeps its place until the pointer leaves the panel, so a second click hits no other row."""
+    choose(page, "test/gate")
+    run(page, str(gate.path))
+    choose(page, "test/null")
+    for prompt in ("apple", "bread"):
+        run(page, prompt)
+    rows = page.locator("#queue li:not(.gone)")
+    bread = rows.filter(has_text="bread")
+    before = bread.bounding_box()
+    rows.filter(has_text="apple").get_by_role("button", name="Cancel").click()
+    expect(page.get_by_role("heading", name="Queue: 2 requests")).to_be_visible()
+    assert bread.bounding_box() == before
+    page.mouse.move(5, 5)
+    expect(rows).to_have_count(2)
+    gate.release_all()
+    expect(page.locator("#queue")).to_be_hidden()
 
 
 def test_a_request_that_cannot_be_cancelled_stays(page: Page, gate: Gate) -> None:
@@ -121,7 +147,7 @@ def test_a_request_that_cannot_be_cancelled_stays(page: Page, gate: Gate) -> Non
     expect(page.locator("#problem")).to_have_text("The disk is full.")
     panel.get_by_role("button", name="Cancel all").click()
     expect(page.locator("#announcement")).to_have_text("0 requests cancelled.")
-    expect(panel.locator("li .prompt")).to_have_text([str(gate.path)])
+    expect(panel.locator("li:not(.gone) .prompt")).to_have_text([str(gate.path)])
     gate.release_all()
     expect(page.locator("#runs figure img")).to_have_count(1)
 
@@ -132,7 +158,7 @@ def test_the_focus_moves_on_when_a_request_leaves_the_queue(page: Page, gate: Ga
     choose(page, "test/null")
     for prompt in ("apple", "bread"):
         run(page, prompt)
-    rows = page.locator("#queue li")
+    rows = page.locator("#queue li:not(.gone)")
     rows.filter(has_text="apple").get_by_role("button", name="Cancel").click()
     expect(rows.locator(".prompt")).to_have_text([str(gate.path), "bread"])
     expect(rows.filter(has_text="bread").get_by_role("button", name="Lower priority")).to_be_focused()
@@ -177,14 +203,14 @@ def test_requests_are_reordered_by_priority(page: Page, gate: Gate) -> None:
         run(page, prompt)
     panel = page.locator("#queue")
     panel.locator("li", has_text="apple").get_by_role("button", name="Lower priority").click()
-    expect(panel.locator("li .prompt")).to_have_text([str(gate.path), "bread", "apple"])
+    expect(panel.locator("li:not(.gone) .prompt")).to_have_text([str(gate.path), "bread", "apple"])
     expect(page.locator("#runs > li.run")).to_have_count(3)
     panel.locator("li", has_text="apple").get_by_role("button", name="Raise priority").click()
     expect(panel.locator("li", has_text="apple").get_by_role("button", name="Lower priority")).to_be_visible()
     page.get_by_label("Priority").select_option("low")
     press(page, "cake")
     expect(panel.locator("li", has_text="cake").get_by_role("button", name="Raise priority")).to_be_visible()
-    expect(panel.locator("li .prompt")).to_have_text([str(gate.path), "bread", "apple", "cake"])
+    expect(panel.locator("li:not(.gone) .prompt")).to_have_text([str(gate.path), "bread", "apple", "cake"])
     gate.release_all()
     expect(page.locator("#runs figure img")).to_have_count(4)
 

@@ -174,6 +174,16 @@ def test_earlier_requests_of_the_key_are_listed(browser: Browser, playing: Serve
     expect(page.locator("#runs > li.run .prompt", has_text="my own")).to_have_count(1)
 
 
+def test_a_search_finds_earlier_requests(page: Page, playing: Server) -> None:
+    """Look at the server's requests if none on the page fits."""
+    httpx.post(f"{playing.url}/test/null", json={"prompt": "a zebra of another program"}, trust_env=False)
+    page.wait_for_selector("body[data-ready]")
+    page.get_by_role("searchbox", name="Search").fill("zebra")
+    expect(page.get_by_role("img", name="a zebra of another program")).to_be_visible()
+    page.get_by_role("searchbox", name="Search").fill("no such words")
+    expect(page.locator("#empty")).to_contain_text("No image matches.")
+
+
 def test_seed_is_locked_and_randomized(page: Page) -> None:
     choose(page, "test/null")
     seed = page.get_by_label("Seed", exact=True)
