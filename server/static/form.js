@@ -2,7 +2,7 @@
 
 import { element } from "./elements.js";
 import { fileField } from "./file_field.js";
-import { labelOf, PRESETS } from "./labels.js";
+import { labelOf, PRESETS, sidesOf } from "./labels.js";
 import { maskButton } from "./mask_button.js";
 
 // The fields that most people change, in the order in which they are shown. The other fields are under "More settings",
@@ -201,7 +201,7 @@ function sizeField(name, property) {
   });
   const choose = (value, isUserInput = false) => {
     size = PRESETS[value] || value?.width ? value : property.default;
-    const [w, h] = PRESETS[size] ?? [size?.width ?? "", size?.height ?? ""];
+    const [w = "", h = ""] = sidesOf(size);
     [width.value, height.value] = [w, h];
     for (const button of buttons) button.setAttribute("aria-pressed", String(button.dataset.preset === size));
     if (isUserInput) group.dispatchEvent(new Event("input", { bubbles: true }));

@@ -12,9 +12,12 @@ export const PRESETS = {
   portrait_16_9: [576, 1024], landscape_4_3: [1024, 768], landscape_16_9: [1024, 576],
 };
 
+// The width and height of a size in pixels; undefined if there is none.
+export const sidesOf = (size) => PRESETS[size] ?? [size?.width, size?.height];
+
 // A size as text, such as 1024x768; null if there is none.
 export function sizeText(size) {
-  const [width, height] = PRESETS[size] ?? [size?.width, size?.height];
+  const [width, height] = sidesOf(size);
   return width ? `${width}x${height}` : null;
 }
 

@@ -49,7 +49,8 @@ function removeRow(run) {
   else if (rows.has(run) && rows.size === 1 && byId("queue").contains(document.activeElement)) {
     byId("tab-images").focus({ preventScroll: true });
   }
-  if (byId("queue").matches(":hover")) node?.classList.add("gone");
+  // A touch leaves its hover behind.
+  if (matchMedia("(hover: hover)").matches && byId("queue").matches(":hover")) node?.classList.add("gone");
   else node?.remove();
 }
 

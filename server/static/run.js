@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { button, element } from "./elements.js";
 import { figure } from "./figure.js";
-import { PRESETS } from "./labels.js";
+import { sidesOf } from "./labels.js";
 
 // The button for variations takes the place of that for cancelling only later, so that a late click hits neither.
 const PAUSE_MS = 1000;
@@ -56,7 +56,7 @@ export class Run {
   // Keep the place of the images free, so that nothing moves when they come.
   reservePlace() {
     const { image_size: size, num_images: number = 1 } = this.request.input;
-    const [width, height] = PRESETS[size] ?? [size?.width, size?.height];
+    const [width, height] = sidesOf(size);
     if (!(width && height)) return;
     const columns = number > 1 ? 2 : 1;
     this.images.classList.add("pending");
@@ -90,7 +90,7 @@ export class Run {
 
   update({ status, queue_position: position, logs, preview }) {
     this.node.dataset.status = status;
-    this.isFollowed ||= status === "IN_PROGRESS";
+    this.wasRunning ||= status === "IN_PROGRESS";
     this.position = position ?? null;
     if (logs) {
       this.lines = logs;
@@ -146,7 +146,7 @@ export class Run {
     setTimeout(() => {
       this.cancelButton.hidden = true;
       this.varyButton.hidden = !this.results.length;
-    }, this.isFollowed ? PAUSE_MS : 0);
+    }, this.wasRunning ? PAUSE_MS : 0);
     this.actions.onUpdate(this);
     if (this.isDeleted) api.deleteRequest(this.request).catch(this.actions.onError);
   }

@@ -74,6 +74,15 @@ def test_too_many_requests_are_refused_before_the_first(page: Page) -> None:
     expect(page.locator("#code pre").first).to_contain_text('"prompt": "one"')
 
 
+def queue_two(page: Page, gate: Gate) -> None:
+    """Send a request that runs until the gate lets it end, then "apple" and "bread", which wait."""
+    choose(page, "test/gate")
+    run(page, str(gate.path))
+    choose(page, "test/null")
+    for prompt in ("apple", "bread"):
+        run(page, prompt)
+
+
 def test_the_queue_panel_estimates_and_cancels(page: Page, gate: Gate) -> None:
     """It shows positions, and the time left as soon as a step is measured. One request or all can be cancelled.
 
@@ -120,11 +129,7 @@ def test_the_queue_panel_estimates_and_cancels(page: Page, gate: Gate) -> None:
 
 def test_no_row_moves_under_the_pointer(page: Page, gate: Gate) -> None:
     """A row that leaves keeps its place until the pointer leaves the panel, so a second click hits no other row."""
-    choose(page, "test/gate")
-    run(page, str(gate.path))
-    choose(page, "test/null")
-    for prompt in ("apple", "bread"):
-        run(page, prompt)
+    queue_two(page, gate)
     rows = page.locator("#queue li:not(.gone)")
     bread = rows.filter(has_text="bread")
     before = bread.bounding_box()
@@ -153,11 +158,7 @@ def test_a_request_that_cannot_be_cancelled_stays(page: Page, gate: Gate) -> Non
 
 
 def test_the_focus_moves_on_when_a_request_leaves_the_queue(page: Page, gate: Gate) -> None:
-    choose(page, "test/gate")
-    run(page, str(gate.path))
-    choose(page, "test/null")
-    for prompt in ("apple", "bread"):
-        run(page, prompt)
+    queue_two(page, gate)
     rows = page.locator("#queue li:not(.gone)")
     rows.filter(has_text="apple").get_by_role("button", name="Cancel").click()
     expect(rows.locator(".prompt")).to_have_text([str(gate.path), "bread"])
@@ -196,11 +197,7 @@ def test_time_left_follows_the_order_in_which_requests_end(page: Page) -> None:
 
 def test_requests_are_reordered_by_priority(page: Page, gate: Gate) -> None:
     """A request of lowered priority comes after the others, and can be raised again."""
-    choose(page, "test/gate")
-    run(page, str(gate.path))
-    choose(page, "test/null")
-    for prompt in ("apple", "bread"):
-        run(page, prompt)
+    queue_two(page, gate)
     panel = page.locator("#queue")
     panel.locator("li", has_text="apple").get_by_role("button", name="Lower priority").click()
     expect(panel.locator("li:not(.gone) .prompt")).to_have_text([str(gate.path), "bread", "apple"])
