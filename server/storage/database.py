@@ -148,6 +148,7 @@ class Database:
         # Invalid text in a damaged row must not keep the other rows from being read.
         self._connection.text_factory = partial(str, encoding="utf-8", errors="replace")
         self._lock = threading.Lock()
+        self._is_closed = False
         self._identity: _FileIdentity | None = None
         #: Called when the database file is found to be damaged or replaced: the server must stop then.
         self.on_corruption: Callable[[CorruptDatabase], None] = lambda error: None
@@ -163,11 +164,17 @@ class Database:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """Lock the connection for this thread. Raises DiskFull, DiskFails, CorruptDatabase and ReplacedDatabase."""
+        """Lock the connection for this thread. Raises DiskFull, DiskFails, CorruptDatabase and ReplacedDatabase.
+
+        Raises sqlite3.ProgrammingError after `close`, for threads that a stopping server no longer waits for.
+        """
         identity = self._identity
         assert identity
         try:
             with self._lock, _translate_errors(self._file):
+                # Check this first: closing has changed the file's size, because SQLite has copied its log into the file.
+                if self._is_closed:
+                    raise sqlite3.ProgrammingError("the database is closed")
                 identity.check()
                 try:
                     yield
@@ -211,6 +218,7 @@ class Database:
     def close(self) -> None:
         """Close the database and unlock the data directory for other processes."""
         with self._lock:
+            self._is_closed = True
             # If the file was replaced, closing would make SQLite copy its write-ahead log into the new file.
             if not (self._identity and self._identity.is_lost):
                 self._connection.close()

@@ -101,9 +101,13 @@ class Server:
         self.process.wait()
 
     def stop(self, seconds: float = 60) -> int:
-        """Send SIGTERM, as an operator does; return the exit code."""
+        """Send SIGTERM, as an operator does; return the exit code. Print the output of a server that failed."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(seconds)
+        code = self.process.wait(seconds)
+        if code:
+            self.reader.join()
+            print(self.output)
+        return code
 
 
 @contextmanager
