@@ -172,7 +172,7 @@ class Database:
         assert identity
         try:
             with self._lock, _translate_errors(self._file):
-                # Check this first: closing has changed the file's size, because SQLite has copied its log into the file.
+                # Check this first, because closing has changed the file's size: SQLite has copied its log into it.
                 if self._is_closed:
                     raise sqlite3.ProgrammingError("the database is closed")
                 identity.check()

@@ -4,13 +4,13 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.support.server_process import ROOT, Server
+from tests.support.forking import run_flux_server
+from tests.support.server_process import Server
 
 JS = Path(__file__).parent / "js"
 #: The request id in the samples of the endpoint's page.
@@ -74,8 +74,7 @@ def page(name: str) -> str:
 def clients(server: Server) -> dict[str, Client]:
     """Return the SDKs, pointed at the server as `flux-server env` describes."""
     environment = {**server.environment(), "FLUX_SERVER_PORT": server.url.rpartition(":")[2]}
-    command = [sys.executable, "-m", "server", "env"]
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    process = run_flux_server("env", environment=environment)
     comments = " ".join(
         line.removeprefix("#").strip() for line in process.stdout.splitlines() if line.startswith("#   ")
     )

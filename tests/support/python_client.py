@@ -10,14 +10,14 @@ from typing import Any
 
 import httpx
 
+from tests.support.forking import run_flux_server
 from tests.support.server_process import ROOT, Server
 
 
 @cache
 def env_variables(server: Server) -> dict[str, str]:
     """Run `flux-server env` and return its variables, parsed as a shell parses them."""
-    command = [sys.executable, "-m", "server", "env"]
-    process = subprocess.run(command, cwd=ROOT, env=server.environment(), text=True, capture_output=True, check=True)
+    process = run_flux_server("env", environment=server.environment())
     tokens = shlex.split(process.stdout, comments=True)
     return dict(token.split("=", 1) for token in tokens if token != "export")
 

@@ -11,10 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 from pydantic_core import from_json
+
+from tests.support import forking
+from tests.support.forking import ForkedProcess
 
 ROOT = Path(__file__).parents[2]
 MODELS = Path(__file__).parent / "models"
@@ -38,19 +41,30 @@ class Server:
             **CLUSTER,
             **{name.upper(): value for name, value in settings.items()},
         }
-        self.process = subprocess.Popen(
-            [*within, sys.executable, "-m", "server", "serve", *(weights or ("demo",))],
-            cwd=ROOT,
-            env=self.environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        self.process, self.stdout = self._start(["serve", *(weights or ("demo",))], within)
         self.lines: list[str] = []
         self._output_changed = threading.Condition()
         self._has_ended = False
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
+
+    def _start(
+        self, arguments: Sequence[str], within: Sequence[str]
+    ) -> "tuple[subprocess.Popen[str] | ForkedProcess, IO[str]]":
+        environment = self.environment()
+        if not within and forking.can_fork(environment):
+            receiving, sending = os.pipe()
+            try:
+                process = forking.fork(arguments, environment, stdin=0, stdout=sending, stderr=sending)
+            finally:
+                os.close(sending)
+            return process, os.fdopen(receiving, encoding="utf-8")
+        command = [*within, sys.executable, "-m", "server", *arguments]
+        started = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert started.stdout
+        return started, started.stdout
 
     def environment(self) -> dict[str, str]:
         """Return this process's environment without variables of fal, and with the settings of this server only."""
@@ -58,8 +72,7 @@ class Server:
         return {**inherited, **{f"FLUX_SERVER_{name}": value for name, value in self.settings.items()}}
 
     def _read(self) -> None:
-        assert self.process.stdout
-        for line in self.process.stdout:
+        for line in self.stdout:
             with self._output_changed:
                 self.lines.append(line)
                 self._output_changed.notify_all()
@@ -120,8 +133,7 @@ def serving(data_dir: Path, *weights: str, within: Sequence[str] = (), **setting
         if server.process.poll() is None:
             server.kill()
         server.reader.join()
-        if server.process.stdout:
-            server.process.stdout.close()
+        server.stdout.close()
 
 
 def free_port() -> int:

@@ -25,8 +25,8 @@ from server.storage.file_store import Lifecycle
 from tests.clients.test_realtime import SMALL, UNAUTHORIZED, generate, last_message_and_code, session
 from tests.support.components import Components, finish_job, open_components, submission
 from tests.support.components import success as outcome
+from tests.support.forking import run_flux_server
 from tests.support.server_process import (
-    ROOT,
     TEST_MODELS,
     free_port,
     open_gate,
@@ -40,9 +40,7 @@ from tests.unit.storage.test_uploads import limited_file_size
 def flux_server(data_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command line as the operator does; return the completed process."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("FAL_", "FLUX_SERVER_"))}
-    command = [sys.executable, "-m", "server", *arguments]
-    environment["FLUX_SERVER_DATA_DIR"] = str(data_dir)
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    return run_flux_server(*arguments, environment={**environment, "FLUX_SERVER_DATA_DIR": str(data_dir)})
 
 
 def output_of(data_dir: Path, *arguments: str) -> str:

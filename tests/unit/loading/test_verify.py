@@ -5,8 +5,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,8 @@ from models.loading.pipeline import load_pipeline
 from models.loading.specs import DEMO
 from server.cli import doctor
 from server.settings import Settings
+from tests.support.forking import run_flux_server
 from tests.support.network_programs import cached
-from tests.support.server_process import ROOT
 
 
 class Bomb:
@@ -243,8 +241,7 @@ def test_no_command_runs_the_code_or_asks_a_question(
 ) -> None:
     """The input would answer any question with yes."""
     settings = ("--device", "cpu", "--port", "0", "--tls-port", "0", "--data-dir", str(tmp_path / "data"))
-    command_line = [sys.executable, "-m", "server", command, str(weights_with_code("text_encoder")), *settings]
-    result = subprocess.run(command_line, cwd=ROOT, input="y\n" * 20, capture_output=True, text=True, timeout=100)
+    result = run_flux_server(command, str(weights_with_code("text_encoder")), *settings, text="y\n" * 20, seconds=100)
     output = result.stdout + result.stderr
     assert result.returncode == 1, output
     assert "names code under auto_map" in output

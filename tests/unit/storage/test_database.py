@@ -7,7 +7,7 @@ from server.storage.database import CorruptDatabase, Database
 
 
 def test_a_closed_database_does_not_count_as_replaced(tmp_path: Path) -> None:
-    """A thread may come late when the server stops: closing has changed the file's size, but nobody replaced the file."""
+    """A thread may come late when the server stops. Closing has changed the file's size, but nobody replaced it."""
     database, errors = Database(tmp_path), list[CorruptDatabase]()
     database.on_corruption = errors.append
     with database.transaction() as transaction:

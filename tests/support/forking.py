@@ -1,0 +1,147 @@
+"""Programs that start at once, because they are forked from a process that has already imported their modules.
+
+An import of PyTorch and diffusers takes up to ten seconds of a core, and the tests start hundreds of servers. Apart
+from the imports, a forked program does what one from the command line does: it runs the same module under the name
+`__main__`, in a process of its own with its own standard streams, environment and signals.
+"""
+
+import functools
+import gc
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).parents[2]
+
+#: Variables that programs read when they run. All others may have been read by an import.
+_READ_LATER = ("FLUX_SERVER_", "FAL_", "PYTEST_", "CRASH_", "FAULTS_", "SEAL", "TORCHINDUCTOR_")
+
+
+class ForkedProcess:
+    """A running program, with those methods of `subprocess.Popen` that tests use."""
+
+    def __init__(self, process: ForkServerProcess) -> None:
+        self._process = process
+        assert process.pid
+        self.pid = process.pid
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while the program runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end and return the exit code. Raises subprocess.TimeoutExpired."""
+        self._process.join(timeout)
+        code = self.poll()
+        if code is None:
+            raise subprocess.TimeoutExpired(str(self._process.name), timeout or 0)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless the program has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
+def can_fork(environment: Mapping[str, str]) -> bool:
+    """Return whether a program with this environment can be forked: nothing else was set when modules were imported."""
+    return _imported_with(environment) == _imported_with(_environment_of_imports())
+
+
+def fork(
+    arguments: Sequence[str], environment: Mapping[str, str], *, stdin: int, stdout: int, stderr: int
+) -> ForkedProcess:
+    """Start `python -m server` with these arguments in a forked process, in the root of the repository.
+
+    Args:
+        arguments: the arguments of the command line.
+        environment: the environment, for which `can_fork` must hold.
+        stdin: an open file descriptor; likewise `stdout` and `stderr`. The caller closes it.
+    """
+    streams = [DupFd(descriptor) for descriptor in (stdin, stdout, stderr)]
+    process = _context().Process(target=_run, args=(list(arguments), dict(environment), streams))
+    process.start()
+    return ForkedProcess(process)
+
+
+def run_flux_server(
+    *arguments: str, environment: Mapping[str, str] | None = None, text: str = "", seconds: float = 60
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m server` with these arguments, forked if possible; return the completed process.
+
+    Args:
+        arguments: the arguments of the command line.
+        environment: the environment; by default that of this process.
+        text: the standard input.
+        seconds: after these the program is killed, and subprocess.TimeoutExpired is raised.
+    """
+    environment = dict(os.environ) if environment is None else environment
+    command = [sys.executable, "-m", "server", *arguments]
+    if not can_fork(environment):
+        options: dict[str, Any] = {"cwd": _ROOT, "env": environment, "timeout": seconds}
+        return subprocess.run(command, input=text, capture_output=True, text=True, check=False, **options)
+    with (
+        tempfile.TemporaryFile("w+") as stdin,
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as err,
+    ):
+        stdin.write(text)
+        stdin.seek(0)
+        process = fork(arguments, environment, stdin=stdin.fileno(), stdout=out.fileno(), stderr=err.fileno())
+        try:
+            code = process.wait(seconds)
+        finally:
+            process.kill()
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(command, code, out.read(), err.read())
+
+
+@functools.cache
+def _environment_of_imports() -> dict[str, str]:
+    return dict(os.environ)
+
+
+@functools.cache
+def _context() -> ForkServerContext:
+    _environment_of_imports()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.forked_imports"])
+    return context
+
+
+def _imported_with(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if not name.startswith(_READ_LATER)}
+
+
+def _run(arguments: list[str], environment: dict[str, str], streams: list[Any]) -> None:
+    for number, stream in enumerate(streams):
+        descriptor = stream.detach()
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    # `multiprocessing` has opened another standard input, and lets its processes ignore SIGINT.
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(_ROOT)
+    sys.argv = ["server", *arguments]
+    gc.enable()
+    runpy.run_module("server", run_name="__main__", alter_sys=True)
