@@ -14,7 +14,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.reduction import DupFd
 from pathlib import Path
@@ -31,19 +33,22 @@ class ForkedProcess:
 
     def __init__(self, process: ForkServerProcess) -> None:
         self._process = process
+        # Without a lock, two threads could read the exit code at once, and one of them would find nothing.
+        self._lock = threading.Lock()
         assert process.pid
         self.pid = process.pid
 
     def poll(self) -> int | None:
         """Return the exit code, or None while the program runs."""
-        return self._process.exitcode
+        with self._lock:
+            return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end and return the exit code. Raises subprocess.TimeoutExpired."""
-        self._process.join(timeout)
+        wait([self._process.sentinel], timeout)
         code = self.poll()
         if code is None:
-            raise subprocess.TimeoutExpired(str(self._process.name), timeout or 0)
+            raise subprocess.TimeoutExpired(self._process.name, timeout or 0)
         return code
 
     def send_signal(self, number: int) -> None:
