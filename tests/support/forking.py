@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.reduction import DupFd
@@ -26,6 +26,19 @@ _ROOT = Path(__file__).parents[2]
 
 #: Variables that programs read when they run. All others may have been read by an import.
 _READ_LATER = ("FLUX_SERVER_", "FAL_", "PYTEST_", "CRASH_", "FAULTS_", "SEAL", "TORCHINDUCTOR_")
+#: Variables that imports in the tests' own process have set: those of `library_env`, which the server sets too, and of
+#: OpenCV.
+_SET_BY_IMPORTS = (
+    "DIFFUSERS_VERBOSITY",
+    "DISABLE_TELEMETRY",
+    "DO_NOT_TRACK",
+    "HF_HUB_DISABLE_TELEMETRY",
+    "LD_LIBRARY_PATH",
+    "PYTORCH_ALLOC_CONF",
+    "RAY_USAGE_STATS_ENABLED",
+    "SDNQ_USE_TORCH_COMPILE",
+    "TRANSFORMERS_VERBOSITY",
+)
 
 
 class ForkedProcess:
@@ -80,7 +93,7 @@ def fork(
         environment: the environment, for which `can_fork` must hold.
         stdin: an open file descriptor; likewise `stdout` and `stderr`. The caller closes it.
     """
-    streams = [DupFd(descriptor) for descriptor in (stdin, stdout, stderr)]
+    streams = [_Inherited(descriptor) for descriptor in (stdin, stdout, stderr)]
     process = _context().Process(target=_run, args=(list(arguments), dict(environment), streams))
     process.start()
     return ForkedProcess(process)
@@ -133,12 +146,28 @@ def _context() -> ForkServerContext:
 
 
 def _imported_with(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if not name.startswith(_READ_LATER)}
+    return {name: value for name, value in environment.items() if not name.startswith((*_READ_LATER, *_SET_BY_IMPORTS))}
 
 
-def _run(arguments: list[str], environment: dict[str, str], streams: list[Any]) -> None:
-    for number, stream in enumerate(streams):
-        descriptor = stream.detach()
+class _Inherited:
+    """A file descriptor, which becomes the number of its copy in the forked process.
+
+    The copy is made while the process starts. One that is made before would stay open if the process is killed at once.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def __reduce__(self) -> tuple[Callable[[Any], int], tuple[Any]]:
+        return _number_of, (DupFd(self._descriptor),)
+
+
+def _number_of(copy: Any) -> int:
+    return int(copy.detach())
+
+
+def _run(arguments: list[str], environment: dict[str, str], streams: list[int]) -> None:
+    for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
         os.close(descriptor)
     # `multiprocessing` has opened another standard input, and lets its processes ignore SIGINT.
