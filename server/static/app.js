@@ -171,8 +171,8 @@ async function repaint(url, { endpoint: source, input }) {
 async function submit(name, input, priority = sending.read().priority) {
   const { request_id: requestId } = await withKey(() => api.submit(name, input, priority));
   const request = { endpoint: name, requestId, input, startedAt: Date.now(), ...(priority === "low" && { priority }) };
-  results.follow(results.add(request));
   recentRuns.add(request);
+  results.follow(results.add(request));
 }
 
 async function run() {

@@ -17,5 +17,11 @@ function save(runs) {
   }
 }
 
+// Whether another program or browser sent a request: it is newer than the oldest one listed here, but not listed.
+export function isFromElsewhere({ requestId, startedAt }) {
+  const runs = all();
+  return startedAt > runs.at(-1)?.startedAt && !runs.some((run) => run.requestId === requestId);
+}
+
 export const add = (run) => save([run, ...all()]);
 export const remove = (requestId) => save(all().filter((run) => run.requestId !== requestId));

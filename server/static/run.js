@@ -4,9 +4,17 @@ import * as api from "./api.js";
 import { button, element } from "./elements.js";
 import { figure } from "./figure.js";
 import { sidesOf } from "./labels.js";
+import { isFromElsewhere } from "./recent_runs.js";
 
 // The button for variations takes the place of that for cancelling only later, so that a late click hits neither.
 const PAUSE_MS = 1000;
+// The status of a request that was cancelled here, by its client elsewhere, or by the operator.
+const CANCELLED = 499;
+
+function wordsOf({ status, message }) {
+  if (status === CANCELLED) return "Cancelled";
+  return status === 404 ? "The server no longer stores this request." : message;
+}
 
 export class Run {
   // `actions` are the functions that the buttons call: { useSettings(run), vary(run, index), onUpdate(run),
@@ -48,7 +56,8 @@ export class Run {
       dateTime: startedAt.toISOString(), title: startedAt.toLocaleString(),
       textContent: startedAt.toLocaleTimeString([], { hour: "numeric", minute: "2-digit" }),
     });
-    const node = element("li", { className: "run" }, this.images, prompt, this.bar, element("div", { className: "about" }, this.state, time), actions, more);
+    const origin = element("span", { className: "origin", hidden: !isFromElsewhere(request), textContent: "Sent by another program", title: "Or by another browser, with the same key" });
+    const node = element("li", { className: "run" }, this.images, prompt, this.bar, element("div", { className: "about" }, this.state, origin, time), actions, more);
     node.dataset.requestId = request.requestId;
     return node;
   }
@@ -104,7 +113,7 @@ export class Run {
     const ahead = position === 1 ? "1 request ahead" : `${position} requests ahead`;
     const labels = {
       IN_QUEUE: position ? `Waiting, ${ahead}` : "Next in queue",
-      IN_PROGRESS: this.bar.position >= 0 ? `Step ${this.bar.value} of ${this.bar.max}` : "Starting…",
+      IN_PROGRESS: this.bar.position >= 0 ? `Step ${this.bar.value} of ${this.bar.max}` : "Waiting for its first step",
       COMPLETED: "Done",
       UNREACHABLE: "Cannot reach the server, retrying…",
     };
@@ -133,7 +142,7 @@ export class Run {
 
   fail(error) {
     this.images.replaceChildren();
-    this.end(error.status === 404 ? "The server no longer stores this request." : error.message);
+    this.end(wordsOf(error));
     if (error.body) this.raw.textContent = JSON.stringify(error.body, null, 2);
     this.node.dataset.status = "FAILED";
   }

@@ -93,7 +93,7 @@ def test_of_several_requests_the_programs_send_the_first(page: Page) -> None:
     about = page.get_by_text("requests. These programs send the first.")
     expect(about).to_be_hidden()
     page.get_by_label("Each line is a request").check()
-    page.get_by_label("Number of seeds").fill("2")
+    page.get_by_label("Repeat with").fill("2")
     page.get_by_label("Prompt", exact=True).fill("a fox\na bear")
     expect(about).to_have_text("The form sends 4 requests. These programs send the first.")
     code = page.locator("pre[data-language=curl]")

@@ -102,14 +102,14 @@ def test_run_shows_queue_position_steps_and_cancel(page: Page, gate: Gate) -> No
     page.get_by_text("More settings").click()
     page.get_by_label("Number of inference steps", exact=True).fill("3")
     running = run(page, str(gate.path))
-    expect(running.locator(".state")).to_have_text("Starting…")
+    expect(running.locator(".state")).to_have_text("Waiting for its first step")
     choose(page, "test/null")
     waiting = run(page, "second")
     expect(waiting.locator(".state")).to_have_text("Next in queue")
     cancelled = run(page, "third")
     expect(cancelled.locator(".state")).to_have_text("Waiting, 1 request ahead")
     cancelled.get_by_role("button", name="Cancel").click()
-    expect(cancelled.locator(".state")).to_contain_text("cancelled")
+    expect(cancelled.locator(".state")).to_have_text("Cancelled")
     gate.release(2)
     oldest = page.locator("#runs > li.run").nth(2)
     expect(oldest.locator(".state")).to_have_text("Step 2 of 3")
@@ -172,6 +172,9 @@ def test_earlier_requests_of_the_key_are_listed(browser: Browser, playing: Serve
     failed = page.locator("#runs > li.run", has_text="failed elsewhere")
     expect(failed.locator(".state")).to_have_text("Internal Server Error")
     expect(page.locator("#runs > li.run .prompt", has_text="my own")).to_have_count(1)
+    # The page says which are not its own.
+    expect(failed.get_by_text("Sent by another program")).to_be_visible()
+    expect(page.locator("#runs > li.run", has_text="my own").get_by_text("Sent by another program")).to_be_hidden()
 
 
 def test_a_search_finds_earlier_requests(page: Page, playing: Server) -> None:
@@ -355,7 +358,7 @@ def test_delete_removes_the_request_from_the_server(page: Page, playing: Server,
     assert httpx.get(source, trust_env=False).status_code == 404
     choose(page, "test/gate")
     running = run(page, str(gate.path))
-    expect(running.locator(".state")).to_have_text("Starting…")
+    expect(running.locator(".state")).to_have_text("Waiting for its first step")
     with page.expect_response(lambda response: response.request.method == "DELETE") as deleted:
         running.get_by_role("button", name="Delete").click()
         gate.release_all()
@@ -379,7 +382,7 @@ def test_page_recovers_from_a_server_restart(browser: Browser, tmp_path: Path, g
         page = next(pages)
         choose(page, "test/gate")
         shown = run(page, str(gate.path))
-        expect(shown.locator(".state")).to_have_text("Starting…")
+        expect(shown.locator(".state")).to_have_text("Waiting for its first step")
         server.kill()
     expect(shown.locator(".state")).to_contain_text("Cannot reach the server")
     gate.release(28)
