@@ -1,14 +1,14 @@
 """What the programs of `forking` import. They are forked before anything else runs."""
 
 import gc
+from importlib import import_module
 
 from server import library_env
 
 gc.disable()
 library_env.disable_telemetry_and_warnings()
 library_env.set_pytorch_variables()
-
-import server.cli.serve  # noqa: E402, F401
-
+for _name in ("models.flux.loader", "server.cli.serve"):
+    import_module(_name)
 # Forked processes then leave the memory of these objects shared.
 gc.freeze()
