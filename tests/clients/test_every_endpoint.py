@@ -84,10 +84,23 @@ def python_outputs(full_server: Server, inputs_path: Path) -> Outputs:
 
 
 @pytest.fixture(scope="module")
-def node_outputs(node: None, full_server: Server, inputs_path: Path) -> Outputs:
-    """Call every endpoint with @fal-ai/client; return the outputs, by endpoint and kind of call."""
-    outputs: Outputs = clients(full_server)["client, proxyUrl"].run("every_endpoint.mjs", str(inputs_path))
+def node_outputs(node: None, full_server: Server, inputs_path: Path, request: pytest.FixtureRequest) -> Outputs:
+    """Call the endpoints of this run's tests with @fal-ai/client; return the outputs, by endpoint and kind of call."""
+    inputs = json.loads(inputs_path.read_text(encoding="utf-8"))
+    chosen = {endpoint: inputs[endpoint] for endpoint in inputs if _is_tested_with_node(request.session, endpoint)}
+    path = inputs_path.with_name("chosen.json")
+    path.write_text(json.dumps(chosen), encoding="utf-8")
+    outputs: Outputs = clients(full_server)["client, proxyUrl"].run("every_endpoint.mjs", str(path))
     return outputs
+
+
+def _is_tested_with_node(session: pytest.Session, endpoint: str) -> bool:
+    return any(item.name == f"{test_node.__name__}[{endpoint}]" for item in session.items)
+
+
+def variant(endpoint: str) -> Any:
+    """Return the endpoint, marked as thorough if it differs from another one in defaults and weights only."""
+    return pytest.param(endpoint, marks=pytest.mark.thorough if VARIANT.search(endpoint) else ())
 
 
 def check_outputs(client: httpx.Client, endpoint: str, outputs: dict[str, Any], *kinds_of_stream: str) -> None:
@@ -103,14 +116,9 @@ def test_python(full_client: httpx.Client, python_outputs: Outputs, endpoint: st
     check_outputs(full_client, endpoint, python_outputs[endpoint], "stream", "stream of the stream")
 
 
-@pytest.mark.parametrize("endpoint", FACTS)
+@pytest.mark.parametrize("endpoint", [variant(endpoint) for endpoint in FACTS])
 def test_node(full_client: httpx.Client, node_outputs: Outputs, endpoint: str) -> None:
     check_outputs(full_client, endpoint, node_outputs[endpoint], "stream")
-
-
-def variant(endpoint: str) -> Any:
-    """Return the endpoint, marked as thorough if it differs from another one in defaults and weights only."""
-    return pytest.param(endpoint, marks=pytest.mark.thorough if VARIANT.search(endpoint) else ())
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,7 @@ def run_state_machine(max_examples: int, steps: int) -> None:
 
 
 def test_the_queue_equals_its_model() -> None:
-    run_state_machine(100, 30)
+    run_state_machine(50, 30)
 
 
 @pytest.mark.soak

@@ -61,7 +61,13 @@ DISPLAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=DISPLAYS)
+#: Each width and each colour scheme once.
+USUAL = ("desktop", "narrow, dark")
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=() if name in USUAL else pytest.mark.thorough, id=name) for name in DISPLAYS]
+)
 def page(request: pytest.FixtureRequest, browser: Browser, playing: Server) -> Iterator[Page]:
     yield from open_page(browser, playing.url, **DISPLAYS[request.param])
 
