@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).parents[2]
+#: The environment before any test changes it.
+_ENVIRONMENT = dict(os.environ)
 
 #: Variables that programs read when they run. All others may have been read by an import.
 _READ_LATER = ("FLUX_SERVER_", "FAL_", "PYTEST_", "CRASH_", "FAULTS_", "SEAL", "TORCHINDUCTOR_")
@@ -80,7 +82,7 @@ class ForkedProcess:
 
 def can_fork(environment: Mapping[str, str]) -> bool:
     """Return whether a program with this environment can be forked: nothing else was set when modules were imported."""
-    return _imported_with(environment) == _imported_with(_environment_of_imports())
+    return _imported_with(environment) == _imported_with(_ENVIRONMENT)
 
 
 def fork(
@@ -133,13 +135,7 @@ def run_flux_server(
 
 
 @functools.cache
-def _environment_of_imports() -> dict[str, str]:
-    return dict(os.environ)
-
-
-@functools.cache
 def _context() -> ForkServerContext:
-    _environment_of_imports()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.forked_imports"])
     return context

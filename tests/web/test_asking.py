@@ -124,7 +124,7 @@ def test_the_queue_panel_estimates_and_cancels(page: Page, gate: Gate) -> None:
     gate.release_all()
     expect(panel).to_be_hidden()
     expect(page.get_by_role("tab", name="Images")).to_be_focused()
-    expect(page.locator("#runs > li.run .state")).to_contain_text([*["cancelled"] * 4, *["Seed"] * 3])
+    expect(page.locator("#runs > li.run .state")).to_contain_text([*["Cancelled"] * 4, *["Seed"] * 3])
 
 
 def test_no_row_moves_under_the_pointer(page: Page, gate: Gate) -> None:

@@ -318,7 +318,7 @@ def test_many_requests_leave_a_connection_for_cancelling(page: Page, gate: Gate)
     last = page.locator("#runs > li.run").first
     expect(last.locator(".state")).to_have_text("Waiting, 7 requests ahead")
     last.get_by_role("button", name="Cancel").click()
-    expect(last.locator(".state")).to_contain_text("cancelled")
+    expect(last.locator(".state")).to_contain_text("Cancelled")
     gate.release_all()
     expect(page.locator("#runs figure img")).to_have_count(8)
 
