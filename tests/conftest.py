@@ -8,9 +8,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.support import forking
 from tests.support.components import Components, open_components
 from tests.support.node import JS
 from tests.support.server_process import TEST_MODELS, Gate, Server, free_port, open_gate, serving, serving_with_proxy
+
+forking.enable()
 
 
 @pytest.fixture(scope="session")

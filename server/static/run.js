@@ -113,7 +113,7 @@ export class Run {
     const ahead = position === 1 ? "1 request ahead" : `${position} requests ahead`;
     const labels = {
       IN_QUEUE: position ? `Waiting, ${ahead}` : "Next in queue",
-      IN_PROGRESS: this.bar.position >= 0 ? `Step ${this.bar.value} of ${this.bar.max}` : "Waiting for its first step",
+      IN_PROGRESS: this.bar.position >= 0 ? `Step ${this.bar.value} of ${this.bar.max}` : "Ready to start",
       COMPLETED: "Done",
       UNREACHABLE: "Cannot reach the server, retrying…",
     };

@@ -266,6 +266,7 @@ def test_swaps_compile_nothing_and_leave_nothing(compiled: FluxEngine, files: li
     assert difference(generate(compiled, request_of()), plain) == 0
 
 
+@pytest.mark.thorough
 def test_a_lora_of_high_rank_does_not_run_compiled(
     compiled: FluxEngine, files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -172,7 +172,7 @@ def test_the_priority_of_a_request_that_has_begun_cannot_change(page: Page, gate
     choose(page, "test/gate")
     run(page, str(gate.path))
     row = page.locator("#queue li")
-    expect(row.locator(".state")).to_contain_text("Waiting for its first step")
+    expect(row.locator(".state")).to_contain_text("Ready to start")
     expect(row.get_by_role("button", name="Lower priority")).to_be_visible()
     gate.release(1)
     expect(row.locator(".state")).to_contain_text("Step 1 of 28")

@@ -102,7 +102,7 @@ def test_run_shows_queue_position_steps_and_cancel(page: Page, gate: Gate) -> No
     page.get_by_text("More settings").click()
     page.get_by_label("Number of inference steps", exact=True).fill("3")
     running = run(page, str(gate.path))
-    expect(running.locator(".state")).to_have_text("Waiting for its first step")
+    expect(running.locator(".state")).to_have_text("Ready to start")
     choose(page, "test/null")
     waiting = run(page, "second")
     expect(waiting.locator(".state")).to_have_text("Next in queue")
@@ -358,7 +358,7 @@ def test_delete_removes_the_request_from_the_server(page: Page, playing: Server,
     assert httpx.get(source, trust_env=False).status_code == 404
     choose(page, "test/gate")
     running = run(page, str(gate.path))
-    expect(running.locator(".state")).to_have_text("Waiting for its first step")
+    expect(running.locator(".state")).to_have_text("Ready to start")
     with page.expect_response(lambda response: response.request.method == "DELETE") as deleted:
         running.get_by_role("button", name="Delete").click()
         gate.release_all()
@@ -382,7 +382,7 @@ def test_page_recovers_from_a_server_restart(browser: Browser, tmp_path: Path, g
         page = next(pages)
         choose(page, "test/gate")
         shown = run(page, str(gate.path))
-        expect(shown.locator(".state")).to_have_text("Waiting for its first step")
+        expect(shown.locator(".state")).to_have_text("Ready to start")
         server.kill()
     expect(shown.locator(".state")).to_contain_text("Cannot reach the server")
     gate.release(28)
