@@ -171,6 +171,7 @@ async function repaint(url, { endpoint: source, input }) {
 async function submit(name, input, priority = sending.read().priority) {
   const { request_id: requestId } = await withKey(() => api.submit(name, input, priority));
   const request = { endpoint: name, requestId, input, startedAt: Date.now(), ...(priority === "low" && { priority }) };
+  // First, so that the request counts as this browser's.
   recentRuns.add(request);
   results.follow(results.add(request));
 }

@@ -3,6 +3,7 @@
 import { withoutData } from "./labels.js";
 
 const MAX_RUNS = 60;
+const MARGIN_MS = 60_000;
 
 export const all = () => JSON.parse(localStorage.getItem("runs") ?? "[]");
 
@@ -20,7 +21,9 @@ function save(runs) {
 // Whether another program or browser sent a request: it is newer than the oldest one listed here, but not listed.
 export function isFromElsewhere({ requestId, startedAt }) {
   const runs = all();
-  return startedAt > runs.at(-1)?.startedAt && !runs.some((run) => run.requestId === requestId);
+  // A full list may have lost newer ones than its oldest, by the server's clock.
+  const margin = runs.length < MAX_RUNS ? 0 : MARGIN_MS;
+  return startedAt > runs.at(-1)?.startedAt + margin && !runs.some((run) => run.requestId === requestId);
 }
 
 export const add = (run) => save([run, ...all()]);

@@ -8,10 +8,10 @@ import { isFromElsewhere } from "./recent_runs.js";
 
 // The button for variations takes the place of that for cancelling only later, so that a late click hits neither.
 const PAUSE_MS = 1000;
-// The status of a request that was cancelled here, by its client elsewhere, or by the operator.
+// The status of a request that was cancelled here, by its client elsewhere or by the operator, or whose client went away.
 const CANCELLED = 499;
 
-function wordsOf({ status, message }) {
+function messageOf({ status, message }) {
   if (status === CANCELLED) return "Cancelled";
   return status === 404 ? "The server no longer stores this request." : message;
 }
@@ -142,7 +142,7 @@ export class Run {
 
   fail(error) {
     this.images.replaceChildren();
-    this.end(wordsOf(error));
+    this.end(messageOf(error));
     if (error.body) this.raw.textContent = JSON.stringify(error.body, null, 2);
     this.node.dataset.status = "FAILED";
   }

@@ -1,4 +1,4 @@
-"""What the programs of `forking` import. They are forked before anything else runs."""
+"""The imports of the process from which `forking` forks programs."""
 
 import gc
 from importlib import import_module

@@ -2,13 +2,15 @@
 
 An import of PyTorch and diffusers takes up to ten seconds of a core, and the tests start hundreds of servers. Apart
 from the imports, a forked program does what one from the command line does: it runs the same module under the name
-`__main__`, in a process of its own with its own standard streams, environment and signals.
+`__main__`, in a process of its own with its own standard streams, environment and signals. Only its `atexit` functions
+do not run.
 """
 
 import functools
 import gc
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import subprocess
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.reduction import DupFd
@@ -23,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).parents[2]
-#: The environment when forking was enabled, or nothing.
-_environments: list[dict[str, str]] = []
+#: Resource limits, which a forked program has from its template.
+_LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE)
 
-#: Variables that programs read when they run. All others may have been read by an import.
+#: Variables that programs read when they run. All others, except the next ones, may have been read by an import.
 _READ_LATER = ("FLUX_SERVER_", "FAL_", "PYTEST_", "CRASH_", "FAULTS_", "SEAL", "TORCHINDUCTOR_")
 #: Variables that imports in the tests' own process have set: those of `library_env`, which the server sets too, and of
 #: OpenCV.
@@ -41,6 +44,8 @@ _SET_BY_IMPORTS = (
     "SDNQ_USE_TORCH_COMPILE",
     "TRANSFORMERS_VERBOSITY",
 )
+#: What the template has of `_imports_and_limits`; None while forking is not enabled.
+_template: tuple[dict[str, str], list[tuple[int, int]]] | None = None
 
 
 class ForkedProcess:
@@ -68,8 +73,9 @@ class ForkedProcess:
 
     def send_signal(self, number: int) -> None:
         """Send a signal, unless the program has ended."""
-        if self.poll() is None:
-            os.kill(self.pid, number)
+        with suppress(ProcessLookupError):
+            if self.poll() is None:
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         """Send SIGTERM."""
@@ -85,12 +91,13 @@ def enable() -> None:
 
     Benchmarks do not call it, because they measure programs that start as users start them.
     """
-    _environments.append(dict(os.environ))
+    global _template
+    _template = _imports_and_limits(os.environ)
 
 
 def can_fork(environment: Mapping[str, str]) -> bool:
-    """Return whether a program with this environment can be forked: nothing else was set when modules were imported."""
-    return any(_imported_with(environment) == _imported_with(enabled) for enabled in _environments)
+    """Return whether a forked program would be like one with this environment and with this process's limits."""
+    return _template == _imports_and_limits(environment)
 
 
 def fork(
@@ -149,14 +156,17 @@ def _context() -> ForkServerContext:
     return context
 
 
-def _imported_with(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if not name.startswith((*_READ_LATER, *_SET_BY_IMPORTS))}
+def _imports_and_limits(environment: Mapping[str, str]) -> tuple[dict[str, str], list[tuple[int, int]]]:
+    """Return the variables that imports may read, and the limits of this process."""
+    ignored = (*_READ_LATER, *_SET_BY_IMPORTS)
+    variables = {name: value for name, value in environment.items() if not name.startswith(ignored)}
+    return variables, [resource.getrlimit(limit) for limit in _LIMITS]
 
 
 class _Inherited:
     """A file descriptor, which becomes the number of its copy in the forked process.
 
-    The copy is made while the process starts. One that is made before would stay open if the process is killed at once.
+    The copy is made while the process starts. An earlier copy would stay open if the process is killed at once.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -174,9 +184,10 @@ def _run(arguments: list[str], environment: dict[str, str], streams: list[int]) 
     for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
         os.close(descriptor)
-    # `multiprocessing` has opened another standard input, and lets its processes ignore SIGINT.
+    # `multiprocessing` passes over an import that fails.
+    assert "models.flux.loader" in sys.modules
+    # `multiprocessing` has opened another standard input.
     sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(_ROOT)

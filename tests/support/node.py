@@ -75,6 +75,7 @@ def clients(server: Server) -> dict[str, Client]:
     """Return the SDKs, pointed at the server as `flux-server env` describes."""
     environment = {**server.environment(), "FLUX_SERVER_PORT": server.url.rpartition(":")[2]}
     process = run_flux_server("env", environment=environment)
+    process.check_returncode()
     comments = " ".join(
         line.removeprefix("#").strip() for line in process.stdout.splitlines() if line.startswith("#   ")
     )

@@ -18,6 +18,7 @@ from tests.support.server_process import ROOT, Server
 def env_variables(server: Server) -> dict[str, str]:
     """Run `flux-server env` and return its variables, parsed as a shell parses them."""
     process = run_flux_server("env", environment=server.environment())
+    process.check_returncode()
     tokens = shlex.split(process.stdout, comments=True)
     return dict(token.split("=", 1) for token in tokens if token != "export")
 
