@@ -57,6 +57,7 @@ class ClusterHead:
         self._is_stopping = False
         #: The error that stopped the head; None if there was none.
         self.failure: BaseException | None = None
+        self._failure_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="cluster-head", daemon=True)
 
     @property
@@ -148,15 +149,16 @@ class ClusterHead:
 
         The server then exits, and the next process resumes the queue.
         """
-        if self.failure is not None:
-            return
+        with self._failure_lock:
+            if self.failure is not None:
+                return
+            self.failure = error
         explains_itself = isinstance(error, RayLost | CorruptDatabase)
         log.error(
             "the cluster head stopped, so the server exits with code 1: %s",
             error,
             exc_info=None if explains_itself else error,
         )
-        self.failure = error
         self._notifier.notify(WORKER)
 
     # -- scaling

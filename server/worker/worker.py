@@ -76,6 +76,7 @@ class Worker:
         self.loading = LoadProgress()
         #: The error that stopped the worker; None if there was none.
         self.failure: BaseException | None = None
+        self._failure_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
 
     def start(self) -> None:
@@ -259,12 +260,13 @@ class Worker:
 
     def fail(self, error: BaseException) -> None:
         """Stop the worker because of `error`; do nothing after an earlier error. May be called from any thread."""
-        if self.failure is not None:
-            return
+        with self._failure_lock:
+            if self.failure is not None:
+                return
+            self.failure = error
         # One line is enough for errors that the operator can fix; others need the stack trace.
         explains_itself = isinstance(error, OSError | CorruptDatabase)
         log.error("the worker stopped, so its process ends: %s", error, exc_info=None if explains_itself else error)
-        self.failure = error
         self._notifier.work_available.set()
         self._notifier.notify(WORKER)
 
