@@ -188,7 +188,8 @@ class Database:
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Run a transaction: all or nothing, and on disk when the block ends.
 
-        Raises DiskFull, DiskFails, CorruptDatabase and ReplacedDatabase; nothing is changed then.
+        Raises DiskFull, DiskFails, CorruptDatabase and ReplacedDatabase, and sqlite3.ProgrammingError after `close`;
+        nothing is changed then.
         """
         with self._held():
             try:
@@ -201,7 +202,7 @@ class Database:
                 raise
 
     def read(self, sql: str, *parameters: object) -> list[sqlite3.Row]:
-        """Return the rows of one query. Raises DiskFull, DiskFails, CorruptDatabase and ReplacedDatabase."""
+        """Return the rows of one query. Raises as `transaction` does."""
         with self._held():
             return self._connection.execute(sql, parameters).fetchall()
 

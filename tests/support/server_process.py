@@ -24,7 +24,7 @@ MODELS = Path(__file__).parent / "models"
 
 #: `TEST_RAY=local pytest ...` runs the same tests with runners on Ray.
 CLUSTER = {"RAY": os.environ["TEST_RAY"], "GPUS": "1"} if "TEST_RAY" in os.environ else {}
-#: A value of WEIGHTS that serves the test models only. Such a server starts at once, because it does not load torch.
+#: A value of WEIGHTS that serves the test models only. Such a server starts at once, because it loads no weights.
 TEST_MODELS = "test/null=demo"
 
 
